@@ -1,0 +1,82 @@
+"""What the model is asked: one system prompt, and data set rows turned into conversations with a checked label."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+QUESTION_COLUMN = "question_zh-cn"  # str, the question as the model reads it
+ANSWER_COLUMN = "answer_only"  # int, the label
+
+# Training, evaluation and chat all send exactly this; a model trained under one prompt answers worse under another.
+SYSTEM_PROMPT = """\
+请先一步一步推理，再给出答案，严格按照下面的格式：
+<think>
+一步一步写出推理和计算过程
+</think>
+<answer>
+只写一个阿拉伯数字，不写单位
+</answer>"""
+
+
+class UserError(Exception):
+    """Something the user can mend; the message is one line that names the value, the place and the remedy."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's `main`; a UserError becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(print(f"error: {' '.join(str(error).split())}", file=sys.stderr) or 2)
+
+
+def to_conversation(question: str) -> list[dict]:
+    """The messages sent for one question. A plain string would get no chat template in TRL and never stop."""
+    return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
+
+
+def read_split(dataset: str, split: str) -> Dataset:
+    """One split of a hub id or of a local folder (save_to_disk, parquet, JSON lines). Raises UserError."""
+    folder = Path(dataset)
+    saved = any((folder / name).exists() for name in ("dataset_dict.json", "state.json"))
+    try:
+        data = load_from_disk(dataset) if saved else load_dataset(dataset)
+    except Exception as error:  # the hub's and the readers' errors have no common base class
+        where = "folder" if folder.is_dir() else "hub id"
+        raise UserError(
+            f"cannot load the data set {dataset!r} ({where}): {type(error).__name__}: {error}. "
+            "Pass a local folder with --dataset, or set HF_ENDPOINT=https://hf-mirror.com where the hub is unreachable"
+        ) from error
+    if not isinstance(data, DatasetDict) or split not in data:
+        has = ", ".join(data) if isinstance(data, DatasetDict) else "no named splits"
+        raise UserError(f"the data set {dataset!r} has no split {split!r} (it has: {has}); it needs 'train' and 'test'")
+    return data[split]
+
+
+def load_questions(dataset: str, split: str) -> Dataset:
+    """A checked split with the columns `prompt` (messages) and `answer` (int).
+
+    Raises:
+        UserError: an unreadable data set, a missing split or column, an empty split, a row without a question
+            or with a label that is not an integer.
+    """
+    rows = read_split(dataset, split)
+    where = f"the data set {dataset!r}, split {split!r}"
+    for column in (QUESTION_COLUMN, ANSWER_COLUMN):
+        if column not in rows.column_names:
+            raise UserError(
+                f"{where} has no column {column!r} (it has: {', '.join(rows.column_names)}); "
+                "rename it there, or edit QUESTION_COLUMN / ANSWER_COLUMN in prompts.py"
+            )
+    if len(rows) == 0:
+        raise UserError(f"{where} is empty; give it rows, or pass another --dataset")
+    questions, answers = rows[QUESTION_COLUMN], rows[ANSWER_COLUMN]
+    for index, (question, answer) in enumerate(zip(questions, answers)):
+        if not isinstance(question, str) or not question.strip():
+            raise UserError(f"{where}, row {index}: {QUESTION_COLUMN} is {question!r}, not a question; fill or drop it")
+        if not isinstance(answer, int) or isinstance(answer, bool):
+            raise UserError(f"{where}, row {index}: {ANSWER_COLUMN} is {answer!r}, not an integer; mend or drop it")
+    prompts = [to_conversation(question) for question in questions]
+    return Dataset.from_dict({"prompt": prompts, "answer": list(answers)})
