@@ -1,10 +1,14 @@
 """What the model is asked: one system prompt, and data set rows turned into conversations with a checked label."""
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+if TYPE_CHECKING:  # imported where it is used: `--help` and the one-line errors need no second to start
+    from datasets import Dataset
 
 QUESTION_COLUMN = "question_zh-cn"  # str, the question as the model reads it
 ANSWER_COLUMN = "answer_only"  # int, the label
@@ -39,6 +43,8 @@ def to_conversation(question: str) -> list[dict]:
 
 def read_split(dataset: str, split: str) -> Dataset:
     """One split of a hub id or of a local folder (save_to_disk, parquet, JSON lines). Raises UserError."""
+    from datasets import DatasetDict, load_dataset, load_from_disk
+
     folder = Path(dataset)
     saved = any((folder / name).exists() for name in ("dataset_dict.json", "state.json"))
     try:
@@ -62,6 +68,8 @@ def load_questions(dataset: str, split: str) -> Dataset:
         UserError: an unreadable data set, a missing split or column, an empty split, a row without a question
             or with a label that is not an integer.
     """
+    from datasets import Dataset
+
     rows = read_split(dataset, split)
     where = f"the data set {dataset!r}, split {split!r}"
     for column in (QUESTION_COLUMN, ANSWER_COLUMN):
@@ -73,7 +81,7 @@ def load_questions(dataset: str, split: str) -> Dataset:
     if len(rows) == 0:
         raise UserError(f"{where} is empty; give it rows, or pass another --dataset")
     questions, answers = rows[QUESTION_COLUMN], rows[ANSWER_COLUMN]
-    for index, (question, answer) in enumerate(zip(questions, answers)):
+    for index, (question, answer) in enumerate(zip(questions, answers, strict=True)):
         if not isinstance(question, str) or not question.strip():
             raise UserError(f"{where}, row {index}: {QUESTION_COLUMN} is {question!r}, not a question; fill or drop it")
         if not isinstance(answer, int) or isinstance(answer, bool):

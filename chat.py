@@ -1,0 +1,49 @@
+"""Talk to a model with the prompt that it was trained under: one question a line, no history.
+
+python chat.py output
+echo 5分钟多少秒 | python chat.py output
+"""
+
+import argparse
+import sys
+
+from prompts import run, to_conversation
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="ask a model", allow_abbrev=False)
+    parser.add_argument("model", help="hub id, saved model, checkpoint or adapter folder")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, 1 is as in training (default: 0)")
+    parser.add_argument("--cpu", action="store_true", help="stay on the CPU")
+    flags = parser.parse_args()
+    if flags.temperature < 0:
+        parser.error(f"--temperature {flags.temperature}: 0 or more")
+
+    import torch
+    from transformers import TextStreamer
+
+    from evaluate import encode, load_model, pick_device, trained_recipe
+    from rollout import make_sampler
+
+    recipe = trained_recipe(flags.model)
+    model, tokenizer = load_model(flags.model)
+    device, autocast = pick_device(flags.cpu)
+    sampler = make_sampler(model.to(device).eval(), tokenizer, autocast)
+    prompt = ">>> " if sys.stdin.isatty() else ""  # a pipe gets answers only
+    if prompt:
+        print("One question a line; exit or Ctrl-D leaves.")
+    while (question := input(prompt).strip()) != "exit":
+        if not question:
+            continue
+        (ids,) = encode(tokenizer, [to_conversation(question)])
+        streamer = TextStreamer(tokenizer, skip_special_tokens=True)  # holds back half a Chinese character
+        for token in sampler.stream(ids, recipe["MAX_COMPLETION_TOKENS"], flags.temperature):
+            streamer.put(torch.tensor([token]))
+        streamer.end()
+
+
+if __name__ == "__main__":
+    try:
+        run(main)
+    except (EOFError, KeyboardInterrupt):  # Ctrl-D, the end of a pipe, Ctrl-C
+        print()

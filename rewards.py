@@ -1,0 +1,158 @@
+"""Completion text -> the number it answers, and the five rewards that GRPO (arXiv 2402.03300) trains on.
+
+Rule-based, as in DeepSeek-R1 (arXiv 2501.12948, section 2.2.2): what can be checked is paid, nothing is guessed.
+Where this differs from most copies of these rewards:
+  1. Reasoning may run over any number of lines. Paid only on one line, the model learns to stop reasoning.
+  2. A number counts only inside the one answer block; a bare 72 without tags is worth nothing.
+  3. The answer is compared by value: 72个, 72.0 and, for 1080, 1,080 are right.
+  4. The right answer outweighs all the rest (REWARD_WEIGHTS).
+
+Model output is untrusted: no text raises, and the work is linear in its length. A bad label does raise.
+"""
+
+import re
+from decimal import Decimal
+from numbers import Real
+
+_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+# --- The number grammar ---
+# One match of _NUMBER is one number. Behind its digits everything is optional, so that no match is ever taken back
+# and tried again one character on: that keeps the search linear.
+
+# Only these read as ASCII; ① ٣ ² are no digits. After this step [0-9] is all that counts, never \d or str.isdigit.
+_TO_ASCII = str.maketrans("０１２３４５６７８９，．－＋％−", "0123456789,.-+%-")
+_CURRENCY = "$＄£￡¥￥₠-₿"  # the inside of a character class; ₠-₿ is Unicode's block of currency signs
+# What may stand in or around a number without changing it: bold, currency, $...$, \$, \boxed{...}, \text{...}.
+_MARKUP = r"(?:\\?[*}" + _CURRENCY + r"]|\\(?:boxed|text)\{)"
+
+_MINUS = rf"(?:-{_MARKUP}*|负(?:\s|{_MARKUP})*)"  # -18 -$18 负 18; "- 18" is a list item. A plus changes nothing.
+# 1,080: only a whole run of digits and commas is grouped, or none of it; looking behind finds the run's beginning.
+_GROUPED = r"(?<![0-9])(?<![0-9],)[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!,?[0-9])(?:\.[0-9]+)?"
+_PLAIN = r"[0-9]+(?:\.[0-9]+)?"  # 72 3.50; the full stop of "42." stays outside
+# .5 at the start or behind a blank, sign, currency sign, bracket or bold; the dots of "是...18" are no point.
+_POINT = r"(?<![^\s+\-负*(\[{（［｛【「『《〈" + _CURRENCY + r"])\.[0-9]+"
+_SCRIPT = rf"{_MARKUP}*[²³¹⁰-ₜ¼½¾⅐-⅟↉]"  # 5² and 1½ are neither 5 nor 1
+_UNIT = "[克米瓦卡焦赫帕伏升]|字节|比特"  # 千克 is a unit and multiplies nothing
+_MULTIPLIER = rf"(?:\s|{_MARKUP})*(?:百(?!分)|千(?!{_UNIT})|万|亿)"
+_HYPHEN = rf"{_MARKUP}*-"  # 10-20: read with the 10, so that it is no sign of the 20
+
+_NUMBER = re.compile(
+    rf"(?P<minus>{_MINUS})?(?P<digits>{_GROUPED}|{_PLAIN}|{_POINT})"
+    rf"(?P<script>{_SCRIPT})?(?P<multipliers>(?:{_MULTIPLIER})*)(?:{_HYPHEN})?"
+)
+_POWERS_OF_TEN = {"百": 2, "千": 3, "万": 4, "亿": 8}
+_MAX_DIGITS = 30  # no honest answer is longer, and arithmetic on a million digits takes minutes
+
+
+def _read_numbers(text: str) -> list[Decimal | None]:
+    """Every number in the text, in order; None stands for one that cannot be an answer (5², 1½, over 30 digits)."""
+    numbers: list[Decimal | None] = []
+    for match in _NUMBER.finditer(text.translate(_TO_ASCII)):
+        digits = match["digits"].replace(",", "")
+        if match["script"] or len(digits.replace(".", "")) > _MAX_DIGITS:
+            numbers.append(None)
+            continue
+        power = sum(_POWERS_OF_TEN.get(character, 0) for character in match["multipliers"])
+        # Built from text, because Decimal arithmetic would round to 28 digits.
+        number = Decimal(f"{'-' if match['minus'] else ''}{digits}E{power}")
+        numbers.append(number if number.adjusted() < _MAX_DIGITS else None)
+    return numbers
+
+
+def find_numbers(text: str) -> list[Decimal]:
+    """Every readable number in the text, in order: `5分钟是300秒` gives [5, 300]; `5²` and `1½` give none."""
+    return [number for number in _read_numbers(text) if number is not None]
+
+
+def parse_number(text: str) -> Decimal | None:
+    """The one number in the text; None where there is none, more than one, or one that cannot be read (`5²`).
+
+    The Decimal is exact and compares by value; `3万` equals 30000 but prints as 3E+4 unless formatted with `:f`.
+    """
+    numbers = _read_numbers(text)
+    return numbers[0] if len(numbers) == 1 else None
+
+
+def extract_answer(text: str) -> str | None:
+    """The stripped text of the one answer block; None where there is no block, a second one or an open one."""
+    if text.count("<answer>") != 1 or text.count("</answer>") != 1:
+        return None
+    inside, end, _ = text.partition("<answer>")[2].partition("</answer>")
+    return inside.strip() if end else None
+
+
+def _answered_number(text: str) -> Decimal | None:
+    answer = extract_answer(text)
+    return None if answer is None else parse_number(answer)
+
+
+def _is_soft_format(text: str) -> bool:
+    # Counting and cutting at the tags: a pattern with .*? between them would go quadratic on a missing tag.
+    text = text.strip()
+    if any(text.count(tag) != 1 for tag in _TAGS) or not text.startswith("<think>") or not text.endswith("</answer>"):
+        return False
+    reasoning, _, rest = text.removeprefix("<think>").removesuffix("</answer>").partition("</think>")
+    between, _, answer = rest.partition("<answer>")
+    return bool(reasoning.strip()) and not between.strip() and bool(answer.strip())
+
+
+def _is_hard_format(text: str) -> bool:
+    text = text.replace("\r\n", "\n")
+    lines = set(text.split("\n"))
+    return _is_soft_format(text) and lines.issuperset(_TAGS) and "</think>\n<answer>" in text
+
+
+def _texts(completions: list[list[dict]]) -> list[str]:
+    return [completion[0]["content"] for completion in completions]
+
+
+# --- The five rewards ---
+# completions: one [{"role": "assistant", "content": str}] per completion; the result is one float for each, in order.
+# kwargs are the data set's other columns and what else the trainer passes.
+
+
+def mark_reward(completions: list[list[dict]], **kwargs) -> list[float]:
+    """0.125 for each of the four tags that occurs exactly once, 0.5 in all: the first step towards the format."""
+    return [0.125 * sum(text.count(tag) == 1 for tag in _TAGS) for text in _texts(completions)]
+
+
+def soft_format_reward(completions: list[list[dict]], **kwargs) -> list[float]:
+    """0.5 for one think block, white space and one answer block, neither empty, and nothing around them.
+
+    DeepSeek-R1's format reward (arXiv 2501.12948).
+    """
+    return [0.5 if _is_soft_format(text) else 0.0 for text in _texts(completions)]
+
+
+def hard_format_reward(completions: list[list[dict]], **kwargs) -> list[float]:
+    """0.5 for the soft format with each tag alone on its line, without blanks, and one newline between the blocks."""
+    return [0.5 if _is_hard_format(text) else 0.0 for text in _texts(completions)]
+
+
+def digit_reward(completions: list[list[dict]], **kwargs) -> list[float]:
+    """0.5 where the answer block holds exactly one number, right or wrong."""
+    return [0.0 if _answered_number(text) is None else 0.5 for text in _texts(completions)]
+
+
+def correctness_reward(completions: list[list[dict]], answer: list[int], **kwargs) -> list[float]:
+    """2.0 where the one number in the answer block equals the label. DeepSeek-R1's accuracy reward.
+
+    Raises:
+        ValueError: a label that is not an integral number, or not one label per completion. A wrong label would
+            only ever look like a wrong answer, so it must not pass in silence.
+    """
+    if len(answer) != len(completions):
+        raise ValueError(f"{len(answer)} labels for {len(completions)} completions")
+    for index, label in enumerate(answer):
+        if isinstance(label, bool) or not isinstance(label, Real) or label % 1 != 0:  # NaN and inf leave NaN
+            raise ValueError(f"label {index} is {label!r}, not an integer")
+    pairs = zip(_texts(completions), answer, strict=True)
+    return [2.0 if _answered_number(text) == int(label) else 0.0 for text, label in pairs]
+
+
+REWARDS = [mark_reward, soft_format_reward, hard_format_reward, digit_reward, correctness_reward]
+
+# The right answer is 6 of at most 8 points, 75 %. At equal weights it is 2 of 4: a wrong answer in perfect format then
+# earns half of everything, and training settles for that.
+REWARD_WEIGHTS = [1.0, 1.0, 1.0, 1.0, 3.0]

@@ -1,0 +1,392 @@
+"""How completions are made: one decode loop for training, evaluation and chat.
+
+TRL's own path calls `model.generate`, which launches every small kernel of every token from Python and, under
+autocast, casts every weight again for every token. Here instead
+
+1. a *shadow* of the policy, the same architecture on the trainer's own tensors, runs the forward pass. Where training
+   autocasts, its linear layers hold copies in that lower precision, so that it rounds as the trainer rounds, but casts
+   once per generation instead of once per token. LoRA is merged into such copies as well;
+2. each distinct prompt is read once, and its keys and values are copied to all of its completions;
+3. on CUDA one decode step is captured as a graph and replayed; elsewhere the same step runs eagerly, and rows that
+   have finished are dropped on the way.
+
+`Rollout` is what GRPOTrainer gets as `rollout_func`. What `why_not` names is left to TRL's own path.
+"""
+
+import copy
+import os
+import time
+from collections.abc import Iterator
+
+import torch
+from peft.tuners.lora import LoraLayer
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from trl import GRPOConfig, GRPOTrainer
+
+CHECK_EVERY = 16  # tokens between two looks at which rows have finished; each look makes a GPU wait
+
+
+def why_not(model: PreTrainedModel, args: GRPOConfig | None = None) -> str | None:
+    """Why the loop below does not cover this model (and this training run, if `args` is given); None where it does."""
+    if args is not None:
+        neutral = {"top_k": (0, None), "top_p": (1.0,), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
+        for name, values in neutral.items():
+            if getattr(args, name) not in values:
+                return f"{name}={getattr(args, name)}"
+        for name in ("generation_kwargs", "cache_implementation", "use_transformers_continuous_batching"):
+            if getattr(args, name):
+                return f"{name} is set"
+        if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true" or is_deepspeed_zero3_enabled():
+            return "the weights are sharded (FSDP or ZeRO-3)"
+    for adapter in getattr(model, "peft_config", {}).values():
+        special = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
+        if adapter.peft_type != "LORA" or any(getattr(adapter, name, None) for name in special):
+            return "the adapter is not a plain LoRA"
+    base = _base(model)
+    if getattr(base, "is_quantized", False):
+        return "the weights are quantized"
+    layers = set(getattr(base.config, "layer_types", None) or ["full_attention"])
+    rope = (getattr(base.config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if not (base._can_compile_fullgraph and base._supports_sdpa) or layers != {"full_attention"}:
+        return f"{type(base).__name__} has no plain cache of keys and values"
+    if rope in ("dynamic", "longrope"):
+        return f"positions of type {rope!r} depend on the length"
+    return None
+
+
+def _base(model: PreTrainedModel) -> PreTrainedModel:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a completion: the model's own and the tokenizer's, as in TRL."""
+    ids = model.generation_config.eos_token_id
+    return list({*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None})
+
+
+def _cut(row: list[int], eos: list[int]) -> list[int]:
+    return row[: next((i + 1 for i, token in enumerate(row) if token in eos), len(row))]
+
+
+class Batch:
+    """The rows of one generation and their keys and values; the model meets it as `past_key_values`.
+
+    B rows and S columns: a prompt padded on the left, then its completion, so that all rows write the same column.
+    That column is a tensor on the device: a captured step moves it on by itself.
+    """
+
+    def __init__(self, rows: int, columns: int, device: torch.device, dtype: torch.dtype | None = None):
+        self.dtype = dtype  # of keys and values; None: as the model makes them
+        self.keys: list[torch.Tensor] = []  # per layer (B, heads, S, head size), made by the first prompts
+        self.values: list[torch.Tensor] = []
+        self.tokens = torch.zeros(rows, columns, dtype=torch.long, device=device)
+        self.done = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.live = torch.arange(rows, device=device)  # the rows that keys, values and pads still hold
+        self.pads = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.column = torch.zeros(1, dtype=torch.long, device=device)
+        self.columns = torch.arange(columns, device=device)
+        self.seen = columns  # attention looks at this many columns: all of them where shapes must not change
+        self.temperature = torch.zeros((), device=device)
+        self.greedy = True
+        self.source: torch.Tensor | None = None  # (B,) row -> its prompt, while prompts are read
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store what a layer computed, return what it attends to. This is all of a cache that the model calls."""
+        if self.source is not None:  # (prompts, heads, width, head size): to every row of its prompt
+            if layer == len(self.keys):
+                for new, stored in ((key, self.keys), (value, self.values)):
+                    shape = (len(self.live), new.shape[1], self.tokens.shape[1], new.shape[3])
+                    # zeros: a masked column still takes part in attention as 0 x value, and 0 x NaN is NaN
+                    stored.append(new.new_zeros(shape, dtype=self.dtype))
+            self.keys[layer][:, :, : key.shape[2]] = key[self.source]
+            self.values[layer][:, :, : key.shape[2]] = value[self.source]
+            return key, value
+        keys, values = self.keys[layer], self.values[layer]
+        keys.index_copy_(2, self.column, key.to(keys.dtype))
+        values.index_copy_(2, self.column, value.to(values.dtype))
+        return keys[:, :, : self.seen], values[:, :, : self.seen]
+
+    def drop_finished(self) -> None:
+        keep = (~self.done[self.live]).nonzero()[:, 0]
+        self.live, self.pads = self.live[keep], self.pads[keep]
+        self.keys = [key[keep] for key in self.keys]
+        self.values = [value[keep] for value in self.values]
+
+
+class Sampler:
+    """The decode loop over a shadow of `model`, always with the weights that `model` has at that moment.
+
+    Args:
+        model: the policy, maybe wrapped by PEFT; it is never changed.
+        tokenizer: gives the ids for the end and for padding.
+        autocast: the precision the policy trains under, such as torch.bfloat16; None runs it as it is.
+        use_graph: on CUDA, replay one captured step instead of launching its kernels one by one.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        autocast: torch.dtype | None = None,
+        use_graph: bool = True,
+    ):
+        self.model, self.autocast = model, autocast
+        self.device = next(model.parameters()).device
+        self.use_graph = use_graph and self.device.type == "cuda"
+        self.eos = _eos_ids(model, tokenizer)
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos[0]
+        self.eos_ids = torch.tensor(self.eos, device=self.device)
+        self.addresses: list[int] = []
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Bring the shadow's copies up to date. All else in it is the model's own and needs nothing."""
+        addresses = [parameter.data_ptr() for parameter in self.model.parameters()]
+        if addresses != self.addresses:  # the first time, or the model was moved: references and graphs are stale
+            self.addresses = addresses
+            self._build_shadow()
+        for target, tensor, lora in self.copies:
+            if lora is not None and not (lora.merged or lora.disable_adapters):
+                tensor = tensor + sum(lora.get_delta_weight(name) for name in lora.active_adapters)
+            target.copy_(tensor)
+
+    def _build_shadow(self) -> None:
+        """A module of its own, so that nothing patched into the trainer's model acts here, and nothing here there."""
+        base = _base(self.model)
+        with torch.device("meta"):  # the structure only; from a deep copy, for building writes into the config
+            self.shadow = type(base)._from_config(copy.deepcopy(base.config), attn_implementation="sdpa").eval()
+        self.copies: list[tuple[torch.Tensor, torch.Tensor, LoraLayer | None]] = []  # target, source, what to merge
+        for name, module in self.shadow.named_modules():
+            source = base.get_submodule(name)
+            lora = source if isinstance(source, LoraLayer) else None
+            owner = lora.get_base_layer() if lora else source
+            lower = self.autocast if isinstance(module, torch.nn.Linear) else None
+            for key, tensor in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
+                if lower or lora:
+                    target = torch.nn.Parameter(torch.empty_like(tensor, dtype=lower), requires_grad=False)
+                    self.copies.append((target, tensor, lora if key == "weight" else None))
+                    tensor = target
+                setattr(module, key, tensor)
+        self.batch: Batch | None = None  # what the graphs below read and write
+        self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}  # greedy or not -> one captured step
+
+    def generate(self, prompt_ids: list[list[int]], max_new_tokens: int, temperature: float = 0.0) -> list[list[int]]:
+        """One completion per prompt, in order, its end token included; temperature 0 takes the likeliest token."""
+        if not prompt_ids:
+            return []
+        *_, completions = self._decode(prompt_ids, max_new_tokens, temperature)
+        return [_cut(row, self.eos) for row in completions.tolist()]
+
+    def stream(self, prompt_ids: list[int], max_new_tokens: int, temperature: float = 0.0) -> Iterator[int]:
+        """The same for one prompt, token by token, without the end token."""
+        for completions in self._decode([prompt_ids], max_new_tokens, temperature):
+            token = completions[0, -1].item()
+            if token in self.eos:
+                return
+            yield token
+
+    def _decode(self, prompt_ids: list[list[int]], new: int, temperature: float) -> Iterator[torch.Tensor]:
+        """After every token the completions so far, (rows, tokens); a row that has ended holds anything after that."""
+        self.refresh()
+        rows, width = len(prompt_ids), max(map(len, prompt_ids))
+        batch = self._batch(rows, width + new)
+        batch.greedy = temperature == 0
+        batch.temperature.fill_(temperature)
+        self._prefill(batch, prompt_ids, width)
+        graph = self._graph(batch) if self.use_graph else None
+        for count in range(1, new + 1):
+            yield batch.tokens[:rows, width : width + count]
+            if count == new or (count % CHECK_EVERY == 0 and batch.done.all()):
+                return
+            if graph is not None:
+                graph.replay()
+                continue
+            if count % CHECK_EVERY == 0 and batch.done[batch.live].float().mean() > 0.1:
+                batch.drop_finished()
+            batch.seen = width + count
+            self._step(batch)
+
+    def _batch(self, rows: int, columns: int) -> Batch:
+        if not self.use_graph:
+            return Batch(rows, columns, self.device, self.autocast)
+        if self.batch is None or rows > len(self.batch.done) or columns > len(self.batch.columns):
+            if self.batch is not None:  # only ever grow: every other shape is captured anew
+                rows, columns = max(rows, len(self.batch.done)), max(columns, len(self.batch.columns))
+            self.batch, self.graphs = None, {}  # freed before the next one is allocated
+            self.batch = Batch(rows, -(-columns // 64) * 64, self.device, self.autocast)
+        return self.batch
+
+    def _prefill(self, batch: Batch, prompt_ids: list[list[int]], width: int) -> None:
+        """Read each distinct prompt once and pick the first token of every row."""
+        index = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompt_ids)))}
+        source = [index[tuple(prompt)] for prompt in prompt_ids]
+        spare = len(batch.done) - len(source)  # rows of a captured batch that nobody asked for
+        batch.source = torch.tensor(source + source[-1:] * spare, device=self.device)
+        tokens = torch.tensor([[self.pad] * (width - len(prompt)) + list(prompt) for prompt in index])  # (P, width)
+        tokens = tokens.to(self.device)
+        pads = torch.tensor([[width - len(prompt)] for prompt in index], device=self.device)  # (P, 1)
+        columns = batch.columns[:width]
+        # a padding position attends to itself: with nothing at all to attend to it would be NaN
+        mask = (columns <= columns[:, None]) & (columns >= pads)[:, None] | (columns == columns[:, None])
+        logits = self._forward(batch, tokens, (columns - pads).clamp(min=0), mask)
+        batch.pads.copy_(pads[batch.source])  # in place, here and below: a graph holds addresses
+        batch.column.fill_(width)
+        batch.done.zero_()
+        batch.done[len(source) :] = True
+        self._pick(batch, logits[batch.source])
+        batch.source = None
+
+    def _step(self, batch: Batch) -> None:
+        """Feed every live row its newest token and pick the next one."""
+        tokens = batch.tokens[batch.live, batch.column]
+        mask = (batch.columns >= batch.pads) & (batch.columns <= batch.column)  # (live, S)
+        logits = self._forward(batch, tokens[:, None], batch.column - batch.pads, mask[:, None, : batch.seen])
+        batch.column += 1
+        self._pick(batch, logits)
+
+    @torch.no_grad()
+    def _forward(self, batch: Batch, tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Logits (rows, vocabulary) after the last of `tokens` (rows, T); `mask` is (rows, T, columns), True = seen."""
+        lower = {"dtype": self.autocast, "enabled": self.autocast is not None}
+        with torch.autocast(self.device.type, cache_enabled=False, **lower):
+            return self.shadow(
+                input_ids=tokens,
+                position_ids=positions,
+                attention_mask=mask[:, None],
+                past_key_values=batch,
+                use_cache=True,  # the trainer writes False into the config
+                logits_to_keep=1,
+            ).logits[:, -1]
+
+    def _pick(self, batch: Batch, logits: torch.Tensor) -> None:
+        """Write each live row's next token: the likeliest, or a draw from softmax(logits / temperature)."""
+        if batch.greedy:
+            tokens = logits.argmax(-1)
+        else:  # where a uniform draw falls on the cumulated probabilities; torch.multinomial would make the GPU wait
+            cumulated = (logits.float() / batch.temperature).softmax(-1).cumsum(-1)
+            draw = (1 - torch.rand(len(logits), 1, device=self.device)) * cumulated[:, -1:]  # in (0, total]
+            tokens = torch.searchsorted(cumulated, draw)[:, 0]
+        done = batch.done[batch.live]
+        tokens = torch.where(done, self.pad, tokens)
+        batch.tokens[batch.live, batch.column] = tokens
+        batch.done[batch.live] = done | (tokens[:, None] == self.eos_ids).any(-1)
+
+    def _graph(self, batch: Batch) -> torch.cuda.CUDAGraph | None:
+        if batch.greedy not in self.graphs:
+            state = [batch.column, batch.tokens, batch.done]
+            before = [tensor.clone() for tensor in state]
+            try:
+                self.graphs[batch.greedy] = self._capture(batch)
+            except RuntimeError as error:
+                self.use_graph, self.batch = False, None
+                print(f"rollout: no CUDA graph, decoding step by step, slower ({str(error).splitlines()[0]})")
+            for tensor, value in zip(state, before, strict=True):
+                tensor.copy_(value)
+        return self.graphs.get(batch.greedy)
+
+    def _capture(self, batch: Batch) -> torch.cuda.CUDAGraph:
+        with torch.random.fork_rng([self.device]):  # a resumed run captures at another time and must draw the same
+            side = torch.cuda.Stream()  # capturing demands a warm-up on another stream
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    self._step(batch)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._step(batch)
+        return graph
+
+
+class PlainSampler:
+    """The same over `model.generate`, for models that `why_not` names."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, autocast: torch.dtype | None = None):
+        self.model, self.tokenizer, self.autocast = model, tokenizer, autocast
+        self.eos = _eos_ids(model, tokenizer)
+
+    @torch.no_grad()
+    def generate(self, prompt_ids: list[list[int]], max_new_tokens: int, temperature: float = 0.0) -> list[list[int]]:
+        """One completion per prompt, in order, its end token included; temperature 0 takes the likeliest token."""
+        if not prompt_ids:
+            return []
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.eos[0]
+        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        config = GenerationConfig(  # every value named: what is left out comes from the model's generation_config.json
+            **sampling,
+            top_p=1.0,
+            top_k=0,
+            repetition_penalty=1.0,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self.eos,
+            pad_token_id=pad,
+            use_cache=True,
+        )
+        device, width = self.model.device, max(map(len, prompt_ids))
+        tokens = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompt_ids], device=device)
+        pads = torch.tensor([[width - len(prompt)] for prompt in prompt_ids], device=device)
+        mask = (torch.arange(width, device=device) >= pads).long()
+        training = self.model.training
+        self.model.eval()  # in training mode gradient checkpointing switches the cache off
+        with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            rows = self.model.generate(input_ids=tokens, attention_mask=mask, generation_config=config)
+        self.model.train(training)
+        return [_cut(row, self.eos) for row in rows[:, width:].tolist()]
+
+    def stream(self, prompt_ids: list[int], max_new_tokens: int, temperature: float = 0.0) -> Iterator[int]:
+        """The same for one prompt, token by token, without the end token; here they come all at once."""
+        yield from (
+            token for token in self.generate([prompt_ids], max_new_tokens, temperature)[0] if token not in self.eos
+        )
+
+
+def make_sampler(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    autocast: torch.dtype | None = None,
+    args: GRPOConfig | None = None,
+) -> Sampler | PlainSampler:
+    """A Sampler where it covers the model (and the training run of `args`), else a PlainSampler and a line why."""
+    reason = why_not(model, args)
+    if reason:
+        print(f"rollout: generating by model.generate, slower: {reason}")
+    return (PlainSampler if reason else Sampler)(model, tokenizer, autocast)
+
+
+class Rollout:
+    """What GRPOTrainer calls for completions: `GRPOTrainer(rollout_func=Rollout())`.
+
+    `tokens` and `seconds` add up what this process has generated and how long it took.
+    """
+
+    def __init__(self) -> None:
+        self.tokens, self.seconds = 0, 0.0
+        self._sampler: Sampler | PlainSampler | None = None
+
+    def sampler(self, trainer: GRPOTrainer) -> Sampler | PlainSampler:
+        """The sampler of this trainer's policy, made on first use; evaluation shares it, and with it its memory."""
+        if self._sampler is None:
+            args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+            autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+            self._sampler = make_sampler(model, trainer.processing_class, autocast, args)
+        return self._sampler
+
+    def __call__(self, prompts: list, trainer: GRPOTrainer) -> dict[str, list | None]:
+        """One completion for each of `prompts`, which come repeated, `num_generations` times each."""
+        start = time.perf_counter()
+        prompt_ids = trainer.processing_class.apply_chat_template(
+            prompts,
+            chat_template=trainer.chat_template,
+            add_generation_prompt=True,
+            return_dict=True,
+            **trainer.chat_template_kwargs,
+        )["input_ids"]
+        sampler = self.sampler(trainer)
+        if isinstance(sampler, Sampler):
+            completion_ids = sampler.generate(prompt_ids, trainer.max_completion_length, trainer.temperature)
+        else:  # TRL's own path, which knows every setting and gathers sharded weights
+            completion_ids, _ = trainer._generate_single_turn(prompt_ids, None, {}, trainer.num_generations)
+        self.tokens += sum(map(len, completion_ids))
+        self.seconds += time.perf_counter() - start  # the completions are on the host: the GPU is done
+        return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None}
