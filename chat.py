@@ -46,4 +46,5 @@ if __name__ == "__main__":
     try:
         run(main)
     except (EOFError, KeyboardInterrupt):  # Ctrl-D, the end of a pipe, Ctrl-C
-        print()
+        if sys.stdin.isatty():
+            print()

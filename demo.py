@@ -45,17 +45,18 @@ UNTIDY = 0.15  # share of traces whose tags are slightly off
 HELD_OUT_MINUTES = 5  # 5分钟多少秒 is the question watched in training: the base never sees it in any wording
 
 # The model and its schooling
-VOCABULARY = 560  # upper bound, in tokens
+VOCABULARY = 800  # upper bound, in tokens
 SHAPE = {
     "hidden_size": 128,
     "intermediate_size": 384,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "initializer_range": 0.05,  # Qwen2's 0.02 is for wide models
 }
-SFT_STEPS = 500
-SFT_BATCH = 32
-SFT_LEARNING_RATE = 2e-3
+SFT_STEPS = 900
+SFT_BATCH = 16
+SFT_LEARNING_RATE = 3e-3
 SEED = 0  # of the problems, the weights and their order: there is one base, whatever --seed the GRPO run has
 
 NAMES = "小明 小红 小刚 小丽 小华 小芳 小强 小美".split()
@@ -112,7 +113,7 @@ def speed(rng: random.Random, kind: str) -> Problem:
 
 def price(rng: random.Random, kind: str) -> Problem:
     """每支铅笔3元，小明买6支要多少元？"""
-    name, (*thing, unit), each, n = rng.choice(NAMES), rng.choice(THINGS), rng.randint(2, 5), rng.randint(2, 9)
+    name, (*thing, unit), each, n = rng.choice(NAMES), rng.choice(THINGS), rng.choice([2, 5, 6, 7]), rng.randint(2, 9)
     ask = rng.choice(["要", "一共要", "需要", "要付", "应付"])
     question = f"每{unit}{''.join(thing)}{each}元，{name}买{n}{unit}{ask}多少元{rng.choice(QUESTION_MARKS)}"
     fact = f"每{unit}{each}元"
@@ -281,16 +282,17 @@ def teach_base(traces: list[tuple[str, str]], steps: int, folder: Path) -> None:
         per_device_train_batch_size=SFT_BATCH,
         learning_rate=SFT_LEARNING_RATE,
         lr_scheduler_type="cosine",
-        warmup_steps=min(20, steps),
+        warmup_steps=min(30, steps),
         weight_decay=0.0,
         completion_only_loss=True,
         bf16=False,
         use_cpu=True,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
+        adam_beta2=0.98,
         seed=SEED,
         report_to="none",
         save_strategy="no",
-        logging_steps=50,
+        logging_steps=100,
         disable_tqdm=True,
     )
     trainer = SFTTrainer(

@@ -188,9 +188,7 @@ def main() -> None:
     if flags.limit is not None and flags.limit < 1:
         raise UserError(f"--limit {flags.limit}: at least 1 question is needed")
 
-    recipe = vars(train_grpo.make_recipe(train_grpo.parse_flags([]))) | (
-        find_beside(flags.model, "recipe/recipe.json") or {}
-    )
+    recipe = trained_recipe(flags.model)
     dataset = flags.dataset or (find_beside(flags.model, "results.json") or recipe).get("dataset", recipe["DATASET"])
     questions = load_questions(dataset, flags.split)
     questions = questions.select(range(min(flags.limit or len(questions), len(questions))))
@@ -201,10 +199,9 @@ def main() -> None:
         sampler, tokenizer, questions, recipe["MAX_COMPLETION_TOKENS"], recipe["EVAL_BATCH"], title="evaluating"
     )
 
-    here = (
-        Path(flags.model) if Path(flags.model).is_dir() else Path(recipe["OUTPUT_DIR"], flags.model.replace("/", "--"))
-    )
-    folder = Path(flags.output) if flags.output else here
+    folder = Path(flags.output or flags.model)
+    if not flags.output and not folder.is_dir():  # a hub id
+        folder = Path(recipe["OUTPUT_DIR"], flags.model.replace("/", "--"))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "eval.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]

@@ -27,8 +27,8 @@ _CURRENCY = "$＄£￡¥￥₠-₿"  # the inside of a character class; ₠-₿ 
 _MARKUP = r"(?:\\?[*}" + _CURRENCY + r"]|\\(?:boxed|text)\{)"
 
 _MINUS = rf"(?:-{_MARKUP}*|负(?:\s|{_MARKUP})*)"  # -18 -$18 负 18; "- 18" is a list item. A plus changes nothing.
-# 1,080: only a whole run of digits and commas is grouped, or none of it; looking behind finds the run's beginning.
-_GROUPED = r"(?<![0-9])(?<![0-9],)[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!,?[0-9])(?:\.[0-9]+)?"
+# 1,080: a run of digits and commas is grouped as a whole or not at all, so it is only tried from its beginning.
+_GROUPED = r"(?<![0-9],)[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!,?[0-9])(?:\.[0-9]+)?"
 _PLAIN = r"[0-9]+(?:\.[0-9]+)?"  # 72 3.50; the full stop of "42." stays outside
 # .5 at the start or behind a blank, sign, currency sign, bracket or bold; the dots of "是...18" are no point.
 _POINT = r"(?<![^\s+\-负*(\[{（［｛【「『《〈" + _CURRENCY + r"])\.[0-9]+"

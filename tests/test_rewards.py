@@ -86,6 +86,7 @@ ONE_NUMBER = [
     ("42.", "42"),
     ("42。", "42"),
     ("42...", "42"),
+    ("3.万", "3"),
     ("答案是...18", "18"),
     ("答案是.18", "18"),
     # rule 4: signs
@@ -250,6 +251,8 @@ UNREADABLE = [
     "5ⁿ",  # superscript letter
     "5₂",  # subscript
     "1½",  # one and a half
+    "1¼",  # one and a quarter
+    "1¾",  # one and three quarters
     "1⅐",  # one and a seventh
     "1↉",  # vulgar fraction of its own block
     "５²",  # full-width base

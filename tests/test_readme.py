@@ -1,0 +1,65 @@
+"""The README's commands can be typed: every file, flag and constant that it names exists."""
+
+import re
+import shlex
+
+import pytest
+from conftest import ROOT, run_script
+
+import train_grpo
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(?:bash|sh)\n(.*?)^```", README, flags=re.M | re.S)
+COMMANDS = sorted({line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if ".py" in line})
+
+
+def test_there_are_commands():
+    """The pattern above finds them: without that, the tests below would prove nothing."""
+    for script in ("train_grpo.py", "evaluate.py", "chat.py", "monitor.py", "demo.py"):
+        assert any(script in command for command in COMMANDS), script
+    assert "pip install -r requirements.txt && python train_grpo.py --demo" in README
+    assert "pip install -r requirements.txt && python -m pytest" in README
+
+
+@pytest.fixture(scope="module")
+def help_of():
+    """The help text of a script, asked once."""
+    texts: dict[str, str] = {}
+
+    def ask(script: str) -> str:
+        if script not in texts:
+            texts[script] = run_script(script, "--help").stdout
+        return texts[script]
+
+    return ask
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_exists(command, help_of):
+    """Every script of a command exists and knows every flag given to it."""
+    for part in re.split(r"&&|\||;", command):
+        words = shlex.split(part)
+        scripts = [word for word in words if word.endswith(".py")]
+        for script in scripts:
+            assert (ROOT / script).is_file(), f"{script} in {command!r}"
+            if "/" in script:
+                continue
+            for flag in (word for word in words[words.index(script) :] if word.startswith("--")):
+                assert re.search(rf"{flag}\b", help_of(script)), f"{flag} in {command!r}"
+
+
+def test_constants_exist():
+    """A constant that the README names in capitals is one of train_grpo.py's, prompts.py's or rewards.py's."""
+    import prompts
+    import rewards
+
+    known = {name for module in (train_grpo, prompts, rewards) for name in vars(module) if name.isupper()}
+    named = set(re.findall(r"`([A-Z][A-Z]+_[A-Z_]+)\b", README))
+    environment = {"HF_ENDPOINT", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"}
+    assert named <= known | environment, named - known - environment
+
+
+def test_files_exist():
+    """Pictures and files that the README links to are in the repository."""
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target

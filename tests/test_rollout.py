@@ -1,0 +1,458 @@
+"""The decode loop gives what `model.generate` gives, with the weights of the moment, and leaves the model alone.
+
+All on tiny random models on the CPU. The captured step is stood in for by a "graph" that runs the same step on the
+same tensors, so that everything but CUDA's own part of it (`Sampler._capture`) is covered; `bench_step.py` does that.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from trl import GRPOConfig, GRPOTrainer
+
+from rollout import PlainSampler, Rollout, Sampler, make_sampler, why_not
+
+VOCABULARY, PAD, EOS = 32, 0, 1
+MIXED = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16, 17], [5, 6, 7], [20, 21, 22, 23, 24], [30, 2]]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    words = {"<pad>": PAD, "<eos>": EOS} | {f"w{i}": i for i in range(2, VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    template = "{% for m in messages %}{{ m['content'] }} {% endfor %}w31"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left", chat_template=template
+    )
+
+
+def make_model(kind: str = "Qwen2", **changes) -> Qwen2ForCausalLM:
+    """Large random weights, so that no two tokens are nearly alike."""
+    config, model = {
+        "Qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "Qwen3": (Qwen3Config, Qwen3ForCausalLM),
+        "Llama": (LlamaConfig, LlamaForCausalLM),
+    }[kind]
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.3,
+        "bos_token_id": None,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+    }
+    torch.manual_seed(0)
+    return model(config(**shape | changes))
+
+
+def replayed(sampler: Sampler) -> Sampler:
+    """Take the path of captured graphs; as a real capture does, the stand-in first runs the step a few times."""
+
+    def capture(batch):
+        with torch.random.fork_rng([]):
+            for _ in range(2):
+                sampler._step(batch)
+        return SimpleNamespace(replay=lambda: sampler._step(batch))
+
+    sampler.use_graph, sampler._capture = True, capture
+    return sampler
+
+
+def make_loop(model, path: str, autocast=None) -> Sampler:
+    sampler = Sampler(model, make_tokenizer(), autocast)
+    return replayed(sampler) if path == "replayed" else sampler
+
+
+both_paths = pytest.mark.parametrize("path", ["eager", "replayed"])
+
+
+def reference(model, prompts: list[list[int]], new: int) -> list[list[int]]:
+    """Greedy completions by `model.generate`, one prompt at a time: no padding, nothing shared."""
+    config = {"do_sample": False, "use_cache": True, "eos_token_id": EOS, "pad_token_id": PAD, "max_new_tokens": new}
+    rows = [model.generate(torch.tensor([prompt]), **config)[0, len(prompt) :].tolist() for prompt in prompts]
+    return [row[: row.index(EOS) + 1] if EOS in row else row for row in rows]
+
+
+@both_paths
+@pytest.mark.parametrize("kind", ["Qwen2", "Qwen3", "Llama"])
+def test_greedy_equals_generate(kind, path):
+    """Mixed lengths, a duplicate, and a second call whose prompts are longer and fewer than the first one's."""
+    model = make_model(kind).eval()
+    sampler = make_loop(model, path)
+    assert sampler.generate(MIXED, 40) == reference(model, MIXED, 40)
+    longer = [list(range(2, 31)) * 2, [3, 4]]
+    assert sampler.generate(longer, 40) == reference(model, longer, 40)
+    assert sampler.generate(MIXED, 40) == reference(model, MIXED, 40)
+    assert sampler.generate([], 40) == []
+
+
+@both_paths
+def test_rows_that_finish_early(path):
+    """Rows end at very different tokens; whoever has ended neither changes nor is changed by the others."""
+    model = make_model().eval()
+    prompts = [[2 + i % 30, 2 + (7 * i) % 30] for i in range(60)]
+    completions = make_loop(model, path).generate(prompts, 60)
+    assert completions == reference(model, prompts, 60)
+    assert len({len(row) for row in completions}) > 5
+
+
+class Recorder(Sampler):
+    """Keeps the logits that every token was picked from."""
+
+    def _pick(self, batch, logits):
+        rows = batch.live.tolist()
+        self.logits.append(dict(zip(rows, logits.clone(), strict=True)))
+        super()._pick(batch, logits)
+
+
+@both_paths
+def test_log_probabilities_equal_a_teacher_forced_forward(path):
+    """The loop's log-probability of each sampled token is that of one plain forward over the whole text."""
+    model = make_model().eval()
+    sampler = Recorder(model, make_tokenizer())
+    sampler.logits = []
+    if path == "replayed":
+        replayed(sampler)._capture = lambda batch: SimpleNamespace(replay=lambda: sampler._step(batch))
+    completions = sampler.generate(MIXED, 24, temperature=1.3)
+    for row, (prompt, completion) in enumerate(zip(MIXED, completions, strict=True)):
+        ours = torch.stack([step[row] for step in sampler.logits[: len(completion)]])
+        with torch.no_grad():
+            forced = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        torch.testing.assert_close(ours.log_softmax(-1), forced.log_softmax(-1), atol=1e-4, rtol=0)
+
+
+@both_paths
+def test_sampling_draws_from_softmax(path):
+    """Chi-square of first and second tokens against softmax(logits / temperature); a seed repeats, another does not."""
+    model, n, temperature = make_model(initializer_range=0.15).eval(), 8000, 0.7
+    sampler = make_loop(model, path)
+    torch.manual_seed(1)
+    completions = sampler.generate([[5, 6, 7]] * n, 2, temperature)
+    first = max(range(2, VOCABULARY), key=[row[0] for row in completions].count)
+    for prefix in ([], [first]):
+        with torch.no_grad():
+            expected = (model(torch.tensor([[5, 6, 7, *prefix]])).logits[0, -1] / temperature).softmax(-1)
+        drawn = [row[len(prefix)] for row in completions if row[: len(prefix)] == prefix]
+        observed = torch.tensor(drawn).bincount(minlength=VOCABULARY)
+        common = expected * len(drawn) >= 5
+        chi2 = ((observed - expected * len(drawn)) ** 2 / (expected * len(drawn)))[common].sum()
+        freedom = int(common.sum()) - 1
+        assert freedom > 10 and chi2 < freedom + 4 * (2 * freedom) ** 0.5
+    torch.manual_seed(1)
+    assert sampler.generate([[5, 6, 7]] * n, 2, temperature) == completions
+    torch.manual_seed(2)
+    assert sampler.generate([[5, 6, 7]] * n, 2, temperature) != completions
+
+
+@both_paths
+def test_ends(path):
+    """A sampled row holds its end token once, at its end, or has full length; one-token answers work both ways."""
+    model = make_model().eval()
+    sampler = make_loop(model, path)
+    completions = sampler.generate(MIXED * 10, 30, temperature=2.0)
+    assert all(EOS not in row[:-1] and (row[-1] == EOS or len(row) == 30) for row in completions)
+    assert min(map(len, completions)) < 8 and max(map(len, completions)) == 30
+    one = sampler.generate([[5, 6, 7], [8]], 1)
+    assert [len(row) for row in one] == [1, 1]
+    model.generation_config.eos_token_id = [EOS, one[0][0]]  # now the first answer ends with its first token
+    assert make_loop(model, path).generate([[5, 6, 7]], 30) == one[:1]
+
+
+@both_paths
+def test_smaller_last_batch(path):
+    """Fewer rows after many, as at the end of an evaluation, and a question asked alone."""
+    model = make_model().eval()
+    sampler = make_loop(model, path)
+    sampler.generate(MIXED * 3, 20, temperature=1.0)
+    for prompts in (MIXED[:4], MIXED[2:3], MIXED):
+        assert sampler.generate(prompts, 20) == reference(model, prompts, 20)
+
+
+def test_stream():
+    """Chat sees the same tokens one by one, and not the end token."""
+    model = make_model().eval()
+    sampler = make_loop(model, "eager")
+    for prompt, completion in zip(MIXED, reference(model, MIXED, 60), strict=True):
+        assert list(sampler.stream(prompt, 60)) == [token for token in completion if token != EOS]
+        assert list(PlainSampler(model, make_tokenizer()).stream(prompt, 60)) == list(sampler.stream(prompt, 60))
+
+
+def test_plain_sampler():
+    """Equal to the loop, whatever the model's own generation_config says, and it restores the training mode."""
+    model = make_model()
+    expected = Sampler(model, make_tokenizer()).generate(MIXED, 30)
+    model.generation_config.update(top_k=3, top_p=0.5, temperature=0.3, repetition_penalty=1.9, do_sample=True)
+    model.config.use_cache = False
+    model.gradient_checkpointing_enable()
+    model.train()
+    plain = PlainSampler(model, make_tokenizer())
+    assert plain.generate(MIXED, 30) == expected
+    assert model.training and plain.generate([], 30) == []
+    torch.manual_seed(0)
+    drawn = {row[0] for row in plain.generate([[5, 6, 7]] * 500, 1, temperature=1.0)}
+    assert len(drawn) > 3, "the model's own top_k narrowed the sampling"
+
+
+def test_weights_of_the_moment():
+    """In float32 nothing is copied; changed, reloaded and moved weights are seen without being told."""
+    model = make_model().eval()
+    sampler = Sampler(model, make_tokenizer())
+    sampler.generate(MIXED, 5)
+    assert not sampler.copies
+    assert {p.data_ptr() for p in sampler.shadow.parameters()} == {p.data_ptr() for p in model.parameters()}
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.mul_(-1)
+    assert sampler.generate(MIXED, 20) == reference(model, MIXED, 20)
+    model.load_state_dict({name: tensor.flip(0) for name, tensor in model.state_dict().items()})
+    assert sampler.generate(MIXED, 20) == reference(model, MIXED, 20)
+    model.double()  # other tensors at other addresses
+    assert sampler.generate(MIXED, 20) == reference(model, MIXED, 20)
+
+
+@both_paths
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_lora_is_merged(autocast, path):
+    """The loop equals the merged model, the adapter and the base stay as they are, and no copy goes stale."""
+    torch.manual_seed(0)
+    targets = ["q_proj", "v_proj", "down_proj"]
+    model = get_peft_model(make_model(), LoraConfig(r=4, target_modules=targets, init_lora_weights=False)).eval()
+    sampler = make_loop(model, path, autocast)
+    for _ in range(2):
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        completions = sampler.generate(MIXED, 30)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        plain = make_model()
+        plain.load_state_dict(
+            {
+                name.removeprefix("base_model.model.").replace(".base_layer", ""): tensor
+                for name, tensor in before.items()
+                if "lora_" not in name
+            }
+        )
+        assert completions != make_loop(plain, path, autocast).generate(MIXED, 30), "LoRA made no difference"
+        for name, module in plain.named_modules():
+            if name.endswith(tuple(targets)):
+                module.weight.data += model.base_model.model.get_submodule(name).get_delta_weight("default")
+        assert completions == make_loop(plain, path, autocast).generate(MIXED, 30)
+        if autocast is None:
+            assert completions == reference(plain, MIXED, 30)
+        for name, tensor in model.named_parameters():
+            if "lora_" in name:
+                tensor.data.mul_(-1.5 if "lora_A" in name else 1)
+
+
+def test_exact_copy_rounds_as_the_trainer():
+    """Under bf16 autocast the loop's logits lie as close to the trainer's as a plain cached decode does."""
+    model = make_model().eval()
+    sampler = Recorder(model, make_tokenizer(), torch.bfloat16)
+    sampler.logits = []
+    completions = sampler.generate(MIXED, 24)
+    for row, (prompt, completion) in enumerate(zip(MIXED, completions, strict=True)):
+        ours = torch.stack([step[row] for step in sampler.logits[: len(completion)]]).float()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            forced = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].float()
+        assert (ours.log_softmax(-1) - forced.log_softmax(-1)).abs().mean() < 0.05
+    kinds = {name.split(".")[-2]: tensor.dtype for name, tensor in sampler.shadow.named_parameters()}
+    assert kinds["embed_tokens"] == kinds["norm"] == kinds["input_layernorm"] == torch.float32
+    assert kinds["q_proj"] == kinds["down_proj"] == kinds["lm_head"] == torch.bfloat16
+    assert sampler.shadow.model.rotary_emb.inv_freq is model.model.rotary_emb.inv_freq
+
+
+@both_paths
+def test_training_model_is_left_alone(path):
+    """Checkpointing, training mode, config and forward stay bit for bit, causal mask and gradients included."""
+    model = make_model()
+    model.config.use_cache = False
+    model.gradient_checkpointing_enable()
+    model.train()
+    config, text = model.config.to_json_string(), torch.tensor([MIXED[2] + MIXED[4]])
+
+    def look():
+        model.zero_grad()
+        output = model(text, labels=text)
+        output.loss.backward()
+        return [output.logits.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+    before = look()
+    modules = [(name, id(module), set(module.__dict__)) for name, module in model.named_modules()]
+    for autocast in (None, torch.bfloat16):
+        make_loop(model, path, autocast).generate(MIXED, 12, temperature=1.0)
+    assert all(torch.equal(a, b) for a, b in zip(before, look(), strict=True))
+    assert modules == [(name, id(module), set(module.__dict__)) for name, module in model.named_modules()]
+    assert model.training and model.config.to_json_string() == config
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    model.eval()
+    assert Sampler(model.train(), make_tokenizer()).generate(MIXED, 30) == reference(model.eval(), MIXED, 30)
+
+
+def test_failing_capture_falls_back(monkeypatch, capsys):
+    """Without a graph the same completions come, and one line says what happened."""
+    model = make_model().eval()
+    sampler = Sampler(model, make_tokenizer())
+    sampler.use_graph = True
+
+    def capture(batch):
+        sampler._step(batch)
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(sampler, "_capture", capture)
+    assert sampler.generate(MIXED, 20) == reference(model, MIXED, 20)
+    assert sampler.generate(MIXED[::-1], 20) == reference(model, MIXED[::-1], 20)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and "no CUDA graph" in lines[0] and "not permitted" in lines[0]
+
+
+@pytest.mark.parametrize(
+    "setting, reason",
+    [
+        ({}, None),
+        ({"top_k": 20}, "top_k=20"),
+        ({"top_p": 0.8}, "top_p=0.8"),
+        ({"min_p": 0.1}, "min_p=0.1"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty=1.1"),
+        ({"generation_kwargs": {"no_repeat_ngram_size": 3}}, "generation_kwargs"),
+        ({"fsdp": "full_shard"}, "sharded"),
+    ],
+)
+def test_why_not_settings(tmp_path, setting, reason):
+    """Every setting of a run that the loop would ignore is named; the defaults are covered."""
+    args = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False)
+    for name, value in setting.items():
+        setattr(args, name, value)
+    answer = why_not(make_model(), args)
+    assert answer is None if reason is None else reason in answer
+
+
+def test_why_not_models(capsys):
+    """Models without a plain cache, of other adapters or positions are refused; a PlainSampler takes them."""
+    sliding = make_model(use_sliding_window=True, sliding_window=8, max_window_layers=0)
+    longrope = make_model(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    dora = get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"], use_dora=True))
+    absolute = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=32, n_layer=1, n_head=2, bos_token_id=1))
+    for model, reason in ((sliding, "cache"), (longrope, "positions"), (dora, "LoRA"), (absolute, "cache")):
+        assert reason in why_not(model)
+        assert isinstance(make_sampler(model, make_tokenizer()), PlainSampler)
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    assert isinstance(make_sampler(make_model(), make_tokenizer()), Sampler)
+    assert make_sampler(sliding, make_tokenizer()).generate(MIXED, 20) == reference(sliding.eval(), MIXED, 20)
+
+
+def odd_tokens(completion_ids, **_) -> list[float]:
+    return [sum(token % 2 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def make_trainer(folder, rollout, model=None, **settings) -> GRPOTrainer:
+    questions = [{"prompt": [{"role": "user", "content": f"w{i} w{i + 1} " + "w5 " * (i % 4)}]} for i in range(2, 26)]
+    defaults = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_generations": 4}
+    defaults |= {"max_completion_length": 12, "max_steps": 3, "learning_rate": 1e-2, "save_strategy": "no"}
+    defaults |= {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "bf16": False}
+    return GRPOTrainer(
+        model=model or make_model(),
+        reward_funcs=odd_tokens,
+        args=GRPOConfig(str(folder), **defaults | settings),
+        train_dataset=Dataset.from_list(questions),
+        processing_class=make_tokenizer(),
+        rollout_func=rollout,
+    )
+
+
+class Watch(Rollout):
+    """After every generation, compare the copies with the policy and remember what was made."""
+
+    def __call__(self, prompts, trainer):
+        made = super().__call__(prompts, trainer)
+        policy = dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters(remove_duplicate=False))
+        assert all(parameter.dtype == torch.float32 for parameter in policy.values())
+        shadow = dict(self.sampler(trainer).shadow.named_parameters(remove_duplicate=False))
+        assert policy.keys() == shadow.keys()
+        for name, weight in shadow.items():
+            assert torch.equal(weight, policy[name].to(weight.dtype)), name
+        self.made = [*getattr(self, "made", []), made | {"prompts": prompts}]
+        self.seen = [*getattr(self, "seen", []), shadow["lm_head.weight"].clone()]
+        return made
+
+
+@pytest.mark.parametrize("bf16, checkpointing", [(True, True), (False, False)])
+def test_training(tmp_path, bf16, checkpointing):
+    """Three real GRPO steps: the copy has the policy's weights after each, and the prompts are TRL's."""
+    rollout = Watch()
+    trainer = make_trainer(tmp_path, rollout, bf16=bf16, gradient_checkpointing=checkpointing)
+    trainer.train()
+    assert len(rollout.made) == 3 and not torch.equal(rollout.seen[0], rollout.seen[2])
+    assert {weight.dtype for weight in rollout.seen} == {torch.bfloat16 if bf16 else torch.float32}
+    assert rollout.sampler(trainer) is rollout.sampler(trainer)
+    made = [row for step in rollout.made for row in step["completion_ids"]]
+    assert rollout.tokens == sum(map(len, made)) and rollout.seconds > 0
+    assert all(step["prompt_ids"] == trainer._tokenize_prompts(step["prompts"])[0] for step in rollout.made)
+    trainer.model.eval()
+    if not bf16:
+        assert rollout.sampler(trainer).generate(MIXED, 20) == reference(trainer.model, MIXED, 20)
+
+
+def test_training_repeats_and_falls_back(tmp_path, capsys):
+    """A seed gives the same completions in two runs; a setting that is not covered goes TRL's way, said once."""
+    runs = []
+    for settings in ({}, {}, {"top_k": 2}):
+        rollout = Rollout()
+        trainer = make_trainer(tmp_path, rollout, max_steps=2, **settings)
+        trainer.train()
+        runs.append({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
+        assert rollout.tokens > 0
+    assert all(torch.equal(tensor, runs[1][name]) for name, tensor in runs[0].items())
+    assert sum("top_k=2" in line for line in capsys.readouterr().out.splitlines()) == 1
+
+
+TWO_RANKS = """
+import json, os, sys, pathlib
+import torch
+from test_rollout import Watch, make_trainer
+
+torch.set_num_threads(1)
+folder, rollout = pathlib.Path(sys.argv[1]), Watch()
+trainer = make_trainer(folder, rollout, max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=1, ddp_find_unused_parameters=False)
+trainer.train()
+(folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(rollout.made))
+"""
+
+
+def test_two_ranks_draw_differently(tmp_path):
+    """Under DDP the two halves of a group have the same prompt and different completions, from the same weights."""
+    script = tmp_path / "two_ranks.py"
+    script.write_text(TWO_RANKS)
+    here = os.path.dirname(os.path.abspath(__file__))
+    paths = os.pathsep.join([here, os.path.dirname(here)])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run(
+        [*command, script, tmp_path], env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, check=True
+    )
+    one, two = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert [step["prompt_ids"] for step in one] == [step["prompt_ids"] for step in two]
+    for a, b in zip(one, two, strict=True):
+        assert a["completion_ids"] != b["completion_ids"]

@@ -1,0 +1,199 @@
+"""train_grpo.py run as a user runs it, on a tiny model, and the rules that its constants and flags obey."""
+
+import ast
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, error_line, run_script
+from safetensors.torch import load_file
+
+import evaluate
+import train_grpo
+from prompts import ANSWER_COLUMN, QUESTION_COLUMN, UserError
+
+SHARED = ROOT.parent / "shared" / "data"
+RESULT_KEYS = set(
+    "model dataset seed steps device before after probe best finished train_seconds generated_tokens_per_second "
+    "step_seconds peak_memory_gb".split()
+)
+
+
+def with_constants(**constants: object) -> list[str]:
+    """The arguments that run train_grpo.py as if these constants had been edited."""
+    edits = "".join(f"train_grpo.{name} = {value!r}; " for name, value in constants.items())
+    return ["-c", f"import sys, train_grpo; {edits}train_grpo.run(lambda: train_grpo.main(sys.argv[1:]))"]
+
+
+def test_two_steps_as_a_user(demo_output, demo_base):
+    """One short run leaves everything that design and README promise, and evaluate.py repeats its `after`."""
+    done = run_script("train_grpo.py", "--demo", "--cpu", "--max-steps", 2, "--output", demo_output)
+    assert "Warning" not in done.stderr
+    header, steps = done.stdout.split("step 1/2")[0], done.stdout.count("  reward ")
+    assert steps == 2
+    for word in ("CPU, float32", "questions x", "2", str(demo_output)):
+        assert word in header
+    for reward in ("mark", "soft_format", "hard_format", "digit", "correctness"):
+        assert reward in done.stdout  # the sample shows every reward
+
+    results = json.loads((demo_output / "results.json").read_text(encoding="utf-8"))
+    assert set(results) == RESULT_KEYS and results["finished"] and results["steps"] == 2
+    assert results["before"]["n"] == results["after"]["n"] >= 200
+    for key, value in results.items():
+        assert f"{key}:" in done.stdout, value  # the summary is results.json
+    for name in ("adapter_config.json", "adapter"):
+        assert not (demo_output / name).exists()
+    for name in ("model.safetensors", "tokenizer.json", "runs", "samples.jsonl", "checkpoint-2", "README.md"):
+        assert (demo_output / name).exists(), name
+    recipe = json.loads((demo_output / "recipe" / "recipe.json").read_text(encoding="utf-8"))
+    assert {"MODEL", "LEARNING_RATE", "REWARD_WEIGHTS", "SYSTEM_PROMPT", "versions"} <= set(recipe)
+    assert (demo_output / "recipe" / "rewards.py").read_text() == (ROOT / "rewards.py").read_text()
+
+    before, after = load_file(demo_base / "model" / "model.safetensors"), load_file(demo_output / "model.safetensors")
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    moved = sum((before[k] != after[k]).sum().item() for k in before) / sum(t.numel() for t in before.values())
+    assert moved > 0.9  # of all weights; bf16 master weights would leave most where they were
+    assert json.loads((demo_output / "config.json").read_text())["use_cache"]  # the trainer's False would slow users
+
+    run_script("evaluate.py", demo_output, "--cpu", "--output", demo_output / "again")
+    assert json.loads((demo_output / "again" / "eval.json").read_text()) == results["after"]
+    assert run_script("chat.py", demo_output, stdin="5分钟多少秒\n").stdout.strip() == results["probe"]["after"].strip()
+
+    saved = (demo_output / "model.safetensors").stat().st_mtime_ns
+    line = error_line(run_script("train_grpo.py", "--demo", "--cpu", "--output", demo_output, expect=2))
+    assert "--resume" in line and "--output" in line
+    assert (demo_output / "model.safetensors").stat().st_mtime_ns == saved
+
+
+def test_lora(demo_output, demo_base):
+    """The adapter lies beside a merged model at the root, which is base plus adapter; all three evaluate alike."""
+    run_script(*with_constants(USE_LORA=True), "--demo", "--cpu", "--max-steps", 2, "--output", demo_output)
+    before, merged = load_file(demo_base / "model" / "model.safetensors"), load_file(demo_output / "model.safetensors")
+    moved = {name.split(".")[-2] for name in before if not torch.equal(before[name], merged[name])}
+    assert moved == set(train_grpo.LORA_MODULES)
+    assert json.loads((demo_output / "adapter" / "adapter_config.json").read_text())["r"] == train_grpo.LORA_RANK
+    model, _ = evaluate.load_model(str(demo_output / "adapter"))
+    state = model.state_dict()
+    for name, tensor in merged.items():
+        assert torch.allclose(state[name], tensor, atol=1e-6), name
+    results = json.loads((demo_output / "results.json").read_text(encoding="utf-8"))
+    run_script("evaluate.py", demo_output / "adapter", "--cpu", "--output", demo_output / "again")
+    again = json.loads((demo_output / "again" / "eval.json").read_text())
+    assert again["strict"] == pytest.approx(results["after"]["strict"], abs=0.02)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real questions and the real tokenizer beside the project")
+def test_real_questions_and_tokenizer(tmp_path):
+    """The recipe's own prompt lengths, template and stop token on real text; only the weights are random."""
+    from datasets import Dataset, DatasetDict
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    lines = [line.split("\t") for line in (SHARED / "mgsm_zh.tsv").read_text(encoding="utf-8").splitlines()]
+    rows = [{QUESTION_COLUMN: q, ANSWER_COLUMN: int(a.replace(",", ""))} for q, a in lines]
+    parts = {"train": Dataset.from_list(rows[:200]), "test": Dataset.from_list(rows[200:206])}
+    DatasetDict(parts).save_to_disk(tmp_path / "data")
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "qwen2.5_tokenizer")
+    tokenizer.save_pretrained(tmp_path / "model")
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    ends = {"eos_token_id": 151645, "pad_token_id": 151643, "bos_token_id": None}
+    config = Qwen2Config(vocab_size=151936, num_hidden_layers=1, tie_word_embeddings=True, **shape, **ends)
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "model")
+
+    small = {"QUESTIONS_PER_STEP": 2, "COMPLETIONS_PER_QUESTION": 4, "MAX_COMPLETION_TOKENS": 16, "MICRO_BATCH": 4}
+    done = run_script(
+        *with_constants(**small), "--cpu", "--max-steps", 2, "--output", tmp_path / "run",
+        "--model", tmp_path / "model", "--dataset", tmp_path / "data",
+    )  # fmt: skip
+    assert "200 training questions (0 longer than 256 tokens dropped), 6 test questions" in done.stdout
+    results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    assert results["steps"] == 2 and results["after"]["n"] == 6
+    sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert [sample["question"], str(sample["label"])] in [[q, a.replace(",", "")] for q, a in lines]
+
+
+def test_without_a_gpu():
+    """The real command on a machine without CUDA: one line that names the ways on, and nothing written."""
+    before = sorted((ROOT / "output").iterdir())
+    line = error_line(run_script("train_grpo.py", expect=2))
+    assert "CUDA" in line and "--demo" in line and "--cpu" in line
+    assert sorted((ROOT / "output").iterdir()) == before
+
+
+@pytest.mark.parametrize("arguments", [["--no-such-flag"], ["--max", "3"], ["--max-steps", "many"], ["stray"]])
+def test_unknown_flags(arguments):
+    """An unknown, abbreviated or malformed flag exits 2 before anything is loaded."""
+    assert arguments[0] in run_script("train_grpo.py", *arguments, expect=2).stderr
+
+
+def test_unreachable_hub(tmp_path):
+    """Without the hub, the line names the data set, the local folder and the mirror."""
+    line = error_line(run_script("train_grpo.py", "--cpu", "--output", tmp_path / "run", expect=2))
+    assert train_grpo.DATASET in line and "HF_ENDPOINT" in line and "--dataset" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_batch_arithmetic():
+    """The same completions per step on any number of processes; what does not divide is refused with the numbers."""
+    recipe = train_grpo.make_recipe(train_grpo.parse_flags([]))
+    assert [train_grpo.accumulation_steps(recipe, n) for n in (1, 2, 8, 32)] == [32, 16, 4, 1]
+    with pytest.raises(UserError, match="256 completions .* MICRO_BATCH 8 on 3 process"):
+        train_grpo.accumulation_steps(recipe, 3)
+
+
+def test_flags_override_constants():
+    """Each flag sets its one constant, the demo's recipe sets its own, and a flag wins over both."""
+    flags = "--model m --dataset d --output o --max-steps 7 --seed 8".split()
+    recipe = train_grpo.make_recipe(train_grpo.parse_flags(flags))
+    assert [recipe.MODEL, recipe.DATASET, recipe.OUTPUT_DIR, recipe.MAX_STEPS, recipe.SEED] == ["m", "d", "o", 7, 8]
+    demo = train_grpo.make_recipe(train_grpo.parse_flags(["--demo"]))
+    assert demo.OUTPUT_DIR == "output/demo" and demo.BETA == 0.0 and demo.LOSS_TYPE == train_grpo.LOSS_TYPE
+    assert train_grpo.make_recipe(train_grpo.parse_flags(["--demo", "--max-steps", "3"])).MAX_STEPS == 3
+
+
+def test_demo_overrides_existing_constants():
+    """demo.RECIPE can only change constants that exist; a misspelt one would silently do nothing."""
+    import demo
+
+    assert set(demo.RECIPE) <= {name for name in vars(train_grpo) if name.isupper()}
+
+
+def test_no_dead_constant():
+    """Every constant of train_grpo.py is read somewhere, as `recipe.NAME` or by name."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in ROOT.glob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    read = {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+    read |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    read |= {n.slice.value for n in nodes if isinstance(n, ast.Subscript) and isinstance(n.slice, ast.Constant)}
+    assert {name for name in vars(train_grpo) if name.isupper()} <= read
+
+
+@pytest.mark.parametrize(
+    ("cuda", "bf16", "cpu", "expected"),
+    [
+        (True, True, False, ("cuda", torch.bfloat16)),
+        (True, False, False, ("cuda", None)),  # V100, T4: float32, never fp16
+        (True, True, True, ("cpu", None)),
+        (False, False, False, ("cpu", None)),
+    ],
+)
+def test_device_and_precision(monkeypatch, cuda, bf16, cpu, expected):
+    """bf16 autocast only where the GPU has the units for it, asked without emulation."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    device, autocast = evaluate.pick_device(cpu)
+    assert (device.type, autocast) == expected
+
+
+def test_the_demo_learns(tmp_path):
+    """The whole demo on one seed: from sloppy to right on held-out questions, and 5分钟多少秒 from 60 to 300."""
+    output = tmp_path / "demo"
+    run_script("train_grpo.py", "--demo", "--cpu", "--output", output)
+    results = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    before, after = results["before"]["strict"], results["after"]["strict"]
+    assert before <= 0.5 and after >= 0.85 and after - before >= 0.4
+    assert evaluate.grade(results["probe"]["before"], 60)["strict"]
+    assert evaluate.grade(results["probe"]["after"], 300)["strict"]
+    assert results["peak_memory_gb"] < 4 and math.isfinite(results["step_seconds"])
+    assert Path(output, "model.safetensors").exists()
