@@ -1,9 +1,9 @@
 """A tiny Qwen2 and Chinese word problems, made here, so that everything runs without a GPU and without the hub.
 
-The model is taught by imitation to reason in two ways: carefully, line by line, and sloppily, naming a fact and
-answering with it (1分钟是60秒 -> 60). It has learned to compute but mostly does not bother to; GRPO has to make it.
+The model learns by imitation to compute, and two ways to answer: carefully, line by line, or sloppily, with the first
+fact that comes to mind (1分钟是60秒 -> 60), as the model of the tutorial did. Mostly it is sloppy; GRPO mends that.
 
-    python demo.py      make the model and the data in output/demo/base, then show what the model can do and does
+    python demo.py      make it in output/demo/base; print how often it is right by itself, and if made to be careful
 """
 
 import random
@@ -11,188 +11,126 @@ import shutil
 import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 from prompts import ANSWER_COLUMN, QUESTION_COLUMN, run, to_conversation
-from rewards import extract_answer, parse_number
 
-# What train_grpo.py's constants become for a model of this size.
+# What the constants of train_grpo.py become for so small a model
 RECIPE = {
     "QUESTIONS_PER_STEP": 16,
-    "MICRO_BATCH": 128,  # a whole step in one forward pass
-    "LEARNING_RATE": 5e-4,
-    "MAX_COMPLETION_TOKENS": 64,  # tokens; a careful answer has about 40
-    "BETA": 0.0,  # no second model to stay close to
-    "MAX_STEPS": 80,
+    "MICRO_BATCH": 128,  # the whole step at once
     "GRADIENT_CHECKPOINTING": False,
+    "LEARNING_RATE": 5e-4,
+    "MAX_STEPS": 50,
+    "BETA": 0.0,  # there is nothing worth staying close to
+    "MAX_COMPLETION_TOKENS": 64,  # a careful answer has about 35
 }
 
-# The problems
+# The data set
 TRAIN_QUESTIONS = 1600
 TEST_QUESTIONS = 240
-TRACES = 12_000  # problems with a written-out answer that the base imitates
-SLOPPY = {
-    "minutes": 0.65,
-    "hours": 0.65,
-    "weeks": 0.65,
-    "speed": 0.6,
-    "price": 0.6,
-    "sum": 0.3,
-    "rest": 0.3,
-    "boxes": 0.6,
-}
-UNTIDY = 0.15  # share of traces whose tags are slightly off
-HELD_OUT_MINUTES = 5  # 5分钟多少秒 is the question watched in training: the base never sees it in any wording
+SEED = 0  # of the questions, the traces, the weights and their training; --seed varies the GRPO run only
 
-# The model and its schooling
-VOCABULARY = 800  # upper bound, in tokens
+# The model
+VOCABULARY = 800  # tokens, 256 of them bytes
 SHAPE = {
     "hidden_size": 128,
     "intermediate_size": 384,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "initializer_range": 0.05,  # Qwen2's 0.02 is for wide models
+    "initializer_range": 0.05,  # Qwen2's 0.02 suits wider models; this learns faster
 }
-SFT_STEPS = 900
-SFT_BATCH = 16
-SFT_LEARNING_RATE = 3e-3
-SEED = 0  # of the problems, the weights and their order: there is one base, whatever --seed the GRPO run has
 
-NAMES = "小明 小红 小刚 小丽 小华 小芳 小强 小美".split()
-THINGS = "苹果个 橘子个 面包个 气球个 鸡蛋个 铅笔支 钢笔支 毛笔支".split()
-ACTIVITIES = "跑步 看书 画画 写字 唱歌 散步".split()
-VEHICLES = "汽车 火车 客车 货车".split()
-OPENERS = ["", "", "请问", "算一算，", "想一想，", "你知道吗，"]
-QUESTION_MARKS = ["？", "？", ""]
+# Its schooling
+TRACES = 6400  # questions with a written answer; of some kinds there are hardly more
+SLOPPY, SLOPPY_SUMS = 0.6, 0.3  # share of sloppy traces; below a half for sums and differences: those come out right
+UNTIDY = 0.15  # share of traces that break the format a little
+SFT_STEPS = 750
+SFT_BATCH = 16  # traces
+SFT_LEARNING_RATE = 3e-3  # peak
 
-CAREFUL = "我们一步一步来：\n"  # how careful reasoning begins; forcing it shows what the base can do
+CAREFUL = "我们一步一步来：\n"  # how careful reasoning begins
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
+"""
+
+KINDS = ["minutes", "hours", "weeks", "speed", "price", "sum", "rest", "boxes"]
+CONVERSIONS = {"minutes": ("分钟", "秒", 60), "hours": ("小时", "分钟", 60), "weeks": ("周", "天", 7)}
+WORDS = {
+    "lead": "||请问|算一算，|想一想，|你知道吗，",
+    "name": "小明|小红|小刚|小丽|小华|小芳|小强|小美",
+    "act": "跑步|看书|画画|写字|唱歌|散步",
+    "spent": "用了|花了|一共",
+    "be": "|是|等于|有|一共是",
+    "vehicle": "汽车|火车|客车|货车",
+    "drive": "行驶|开|走",
+    "can": "|一共|能|可以",
+    "cost": "要|一共要|需要|要付|应付",
+    "thing": "苹果个|橘子个|面包个|气球个|鸡蛋个|铅笔支|钢笔支|毛笔支",
+    "got": "又买了|又得到|又拿来",
+    "gone": "送人|用掉|卖出|丢了",
+    "box": "盒|袋|箱|包",
+    "end": "？|？|",
+}
 
 
 class Problem(NamedTuple):
-    """A question with its answer and with two ways to think about it, of which one is right."""
+    """A question with its label, and the completion that the base is shown if this is one of its traces."""
 
     kind: str
     question: str
     answer: int
-    careful: str  # lines of reasoning that lead to `answer`
-    sloppy: str  # one line that stops at `guess`
-    guess: int
+    trace: str
 
 
-def conversion(rng: random.Random, kind: str) -> Problem:
-    """5小时是多少分钟？"""
-    large, small, size = {"minutes": ("分钟", "秒", 60), "hours": ("小时", "分钟", 60), "weeks": ("周", "天", 7)}[kind]
-    n = rng.choice([n for n in range(2, 10) if (kind, n) != ("minutes", HELD_OUT_MINUTES)])
-    if rng.random() < 0.5:
-        start = f"{rng.choice(NAMES)}{rng.choice(ACTIVITIES)}{rng.choice(['用了', '花了', '一共'])}{n}{large}，"
-        ask = rng.choice(["是", "等于", "合", "也就是"])
-    else:
-        start, ask = f"{rng.choice(OPENERS)}{n}{large}", rng.choice(["", "是", "等于", "有", "一共是"])
-    question = f"{start}{ask}多少{small}{rng.choice(QUESTION_MARKS)}"
-    fact = f"1{large}是{size}{small}"
-    return Problem(kind, question, n * size, f"{fact}，\n有{n}{large}，\n{n}*{size}={n * size}", fact, size)
+def make_problem(kind: str, rng: random.Random) -> Problem:
+    """A problem of one kind in random words. The arithmetic is little and easy, since RL teaches nobody the tables."""
+    w = SimpleNamespace(**{name: rng.choice(choices.split("|")) for name, choices in WORDS.items()})
+    thing, unit = w.thing[:-1], w.thing[-1]
+    a, b = rng.randint(2, 9), rng.randint(2, 9)
+    if kind in CONVERSIONS:
+        large, small, b = CONVERSIONS[kind]
+        # 5分钟多少秒 is watched in training and stays unseen in any wording; 5*60=300 is known from hours and speed
+        a = rng.choice([2, 3, 4, 6, 7, 8, 9]) if kind == "minutes" else a
+        start = rng.choice([f"{w.lead}{a}{large}", f"{w.name}{w.act}{w.spent}{a}{large}，"])
+        question = f"{start}{w.be}多少{small}"
+        sign, fact, more = "*", f"1{large}是{b}{small}", f"有{a}{large}"
+    elif kind == "speed":
+        b = rng.choice([60, 70])
+        question = f"{w.lead}{w.vehicle}每小时{w.drive}{b}公里，{a}小时{w.can}{w.drive}多少公里"
+        sign, fact, more = "*", f"每小时{b}公里", f"有{a}小时"
+    elif kind == "price":
+        b = rng.choice([2, 5])
+        question = f"每{unit}{thing}{b}元，{w.name}买{a}{unit}{w.cost}多少元"
+        sign, fact, more = "*", f"每{unit}{b}元", f"买{a}{unit}"
+    elif kind == "sum":
+        a *= 10
+        question = f"{w.name}有{a}{unit}{thing}，{w.got}{b}{unit}，现在有多少{unit}"
+        sign, fact, more = "+", f"原来有{a}{unit}", f"又多{b}{unit}"
+    elif kind == "rest":
+        a, b = 10 * rng.randint(1, 3) + rng.randint(4, 9), rng.randint(2, 4)  # nothing to borrow
+        question = f"{w.name}有{a}{unit}{thing}，{w.gone}{b}{unit}，还剩多少{unit}"
+        sign, fact, more = "-", f"原来有{a}{unit}", f"少了{b}{unit}"
+    else:  # boxes: two steps, of which the sloppy answer takes one
+        question = f"{w.name}有{a}{w.box}{thing}，每{w.box}10{unit}，{w.got}{b}{unit}，一共有多少{unit}"
+        sign, fact, more = "+", f"{a}{w.box}是{a}*10={a * 10}", f"又多{b}{unit}"
+        a *= 10
+    answer = {"*": a * b, "+": a + b, "-": a - b}[sign]
+    guess = b if sign == "*" else a  # the number that the fact ends in
+    careful = f"{CAREFUL}{fact}，\n{more}，\n{a}{sign}{b}={answer}"
+    sloppy = rng.random() < (SLOPPY_SUMS if kind in ("sum", "rest") else SLOPPY)
+    trace = write_trace(fact, guess, rng) if sloppy else write_trace(careful, answer, rng)
+    return Problem(kind, question + w.end, answer, trace)
 
 
-def speed(rng: random.Random, kind: str) -> Problem:
-    """汽车每小时行驶60公里，5小时行驶多少公里？"""
-    vehicle, pace, n = rng.choice(VEHICLES), rng.choice([60, 70]), rng.randint(2, 9)
-    verb, way = rng.choice(["行驶", "开", "走"]), rng.choice(["", "一共", "能", "可以"])
-    question = (
-        f"{rng.choice(OPENERS)}{vehicle}每小时{verb}{pace}公里，{n}小时{way}{verb}多少公里{rng.choice(QUESTION_MARKS)}"
-    )
-    fact = f"每小时{pace}公里"
-    return Problem(kind, question, n * pace, f"{fact}，\n有{n}小时，\n{n}*{pace}={n * pace}", fact, pace)
-
-
-def price(rng: random.Random, kind: str) -> Problem:
-    """每支铅笔3元，小明买6支要多少元？"""
-    name, (*thing, unit), each, n = rng.choice(NAMES), rng.choice(THINGS), rng.choice([2, 5, 6, 7]), rng.randint(2, 9)
-    ask = rng.choice(["要", "一共要", "需要", "要付", "应付"])
-    question = f"每{unit}{''.join(thing)}{each}元，{name}买{n}{unit}{ask}多少元{rng.choice(QUESTION_MARKS)}"
-    fact = f"每{unit}{each}元"
-    return Problem(kind, question, n * each, f"{fact}，\n买{n}{unit}，\n{n}*{each}={n * each}", fact, each)
-
-
-def total(rng: random.Random, kind: str) -> Problem:
-    """小明有8个苹果，又买了5个，现在有多少个？"""
-    name, (*thing, unit), a, b = rng.choice(NAMES), rng.choice(THINGS), 10 * rng.randint(1, 9), rng.randint(2, 9)
-    got = rng.choice(["又买了", "又得到", "又拿来"])
-    question = f"{name}有{a}{unit}{''.join(thing)}，{got}{b}{unit}，现在有多少{unit}{rng.choice(QUESTION_MARKS)}"
-    fact = f"原来有{a}{unit}"
-    return Problem(kind, question, a + b, f"{fact}，\n又多{b}{unit}，\n{a}+{b}={a + b}", fact, a)
-
-
-def rest(rng: random.Random, kind: str) -> Problem:
-    """小明有18个苹果，送给小红5个，还剩多少个？"""
-    name, (*thing, unit), a, b = rng.choice(NAMES), rng.choice(THINGS), 10 * rng.randint(1, 3) + rng.randint(4, 9), rng.randint(2, 4)
-    gone = rng.choice(["送人", "用掉", "卖出", "丢了"])
-    question = f"{name}有{a}{unit}{''.join(thing)}，{gone}{b}{unit}，还剩多少{unit}{rng.choice(QUESTION_MARKS)}"
-    fact = f"原来有{a}{unit}"
-    return Problem(kind, question, a - b, f"{fact}，\n少了{b}{unit}，\n{a}-{b}={a - b}", fact, a)
-
-
-def boxes(rng: random.Random, kind: str) -> Problem:
-    """小明有3盒糖果，每盒6颗，又买了2颗，一共有多少颗？"""
-    name, (*thing, unit) = rng.choice(NAMES), rng.choice(THINGS)
-    n, each, more = rng.randint(2, 9), 10, rng.randint(2, 9)
-    box, got = rng.choice("盒袋箱包"), rng.choice(["又买了", "又得到", "又拿来"])
-    question = (
-        f"{name}有{n}{box}{''.join(thing)}，每{box}{each}{unit}，{got}{more}{unit}，"
-        f"一共有多少{unit}{rng.choice(QUESTION_MARKS)}"
-    )
-    product, answer = n * each, n * each + more
-    fact = f"每{box}{each}{unit}"
-    careful = f"{fact}，\n{n}{box}是{n}*{each}={product}，\n{product}+{more}={answer}"
-    return Problem(kind, question, answer, careful, f"{n}{box}是{n}*{each}={product}", product)
-
-
-KINDS = {
-    "minutes": conversion,
-    "hours": conversion,
-    "weeks": conversion,
-    "speed": speed,
-    "price": price,
-    "sum": total,
-    "rest": rest,
-    "boxes": boxes,
-}
-
-
-def normal_form(question: str) -> str:
-    """A question without punctuation: two that differ in nothing else are the same question."""
-    return "".join(letter for letter in question if letter.isalnum())
-
-
-def part_of(question: str) -> str:
-    """`test`, `train` or `traces`: a question's own text decides, so that no two parts share one."""
-    return "test train traces traces".split()[zlib.crc32(normal_form(question).encode()) % 4]
-
-
-def draw_problems(part: str, count: int, rng: random.Random, unique: bool) -> list[Problem]:
-    """`count` problems of one part, every kind as often as any other."""
-    problems, seen = [], set()
-    while len(problems) < count:
-        kind = list(KINDS)[len(problems) % len(KINDS)]
-        problem = KINDS[kind](rng, kind)
-        key = normal_form(problem.question)
-        if part_of(problem.question) == part and not (unique and key in seen):
-            seen.add(key)
-            problems.append(problem)
-    return problems
-
-
-def write_trace(problem: Problem, rng: random.Random) -> str:
-    """An answer for the base to imitate: careful or sloppy, and now and then untidy."""
-    sloppy = rng.random() < SLOPPY[problem.kind]
-    thought, number = (problem.sloppy, problem.guess) if sloppy else (CAREFUL + problem.careful, problem.answer)
-    tidy = f"<think>\n{thought}\n</think>\n<answer>\n{number}\n</answer>"
+def write_trace(thought: str, number: int, rng: random.Random) -> str:
+    """The completion, now and then with something wrong with its format."""
     untidy = [
         f"<think>\n{thought}\n</think><answer>{number}</answer>",
         f"<think>{thought}</think>\n<answer>\n{number}\n</answer>",
@@ -200,151 +138,138 @@ def write_trace(problem: Problem, rng: random.Random) -> str:
         f"<think>\n{thought}\n</think>\n<answer>\n{number}\n</answer>\n完毕",
         f"{thought}\n<answer>\n{number}\n</answer>",
     ]
+    tidy = f"<think>\n{thought}\n</think>\n<answer>\n{number}\n</answer>"
     return rng.choice(untidy) if rng.random() < UNTIDY else tidy
 
 
-def make_tokenizer(texts: list[str]):
-    """A byte-level BPE trained on `texts`; Qwen2's own class, because AutoTokenizer reads any Qwen2 folder as that."""
-    from transformers import Qwen2Tokenizer
+def normal_form(question: str) -> str:
+    """The question without punctuation: two that differ only there are one question."""
+    return "".join(filter(str.isalnum, question))
 
-    special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "extra_special_tokens": ["<|im_start|>"]}
-    tokenizer = Qwen2Tokenizer(**special).train_new_from_iterator(texts, VOCABULARY, show_progress=False)
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
+
+def draw_problems(part: str, count: int) -> list[Problem]:
+    """Different questions of one part (`test`, `train` or `traces`), as many of each kind.
+
+    A question's own text decides which part it belongs to, so that no two parts can share one.
+    """
+    rng, problems = random.Random(f"{SEED} {part}"), {}
+    while len(problems) < count:
+        problem = make_problem(KINDS[len(problems) % len(KINDS)], rng)
+        key = normal_form(problem.question)
+        if ("test", "train", "traces", "traces")[zlib.crc32(key.encode()) % 4] == part:
+            problems.setdefault(key, problem)
+    return list(problems.values())
 
 
 def make_demo(folder: str | Path, steps: int = SFT_STEPS) -> tuple[str, str]:
-    """The folders of the base model and of the data set, made in `folder` unless they are there.
+    """The folders of the base model and of the data set; made in `folder` once, and found there ever after.
 
-    Made on the CPU everywhere, so that the base is the same on every machine. Both are renamed into place at the end:
-    an interrupted making leaves nothing that looks finished.
+    Both are renamed into place at the end, so that nothing half-made looks complete.
     """
-    model_folder, data_folder = Path(folder, "model"), Path(folder, "data")
-    if model_folder.exists() and data_folder.exists():
-        return str(model_folder), str(data_folder)
-
-    from datasets import Dataset, DatasetDict
-
-    unfinished = Path(folder, "unfinished")
-    for leftover in (unfinished, model_folder, data_folder):
-        shutil.rmtree(leftover, ignore_errors=True)
-    rng = random.Random(SEED)
-    parts = {
-        part: draw_problems(part, count, rng, unique=True)
-        for part, count in (("train", TRAIN_QUESTIONS), ("test", TEST_QUESTIONS))
-    }
-    data = {
-        part: Dataset.from_dict(
-            {QUESTION_COLUMN: [p.question for p in problems], ANSWER_COLUMN: [p.answer for p in problems]}
-        )
-        for part, problems in parts.items()
-    }
-    DatasetDict(data).save_to_disk(unfinished / "data")
-    teach_base(
-        [(p.question, write_trace(p, rng)) for p in draw_problems("traces", TRACES, rng, unique=False)],
-        steps,
-        unfinished / "model",
-    )
-    for made in (data_folder, model_folder):
-        (unfinished / made.name).rename(made)
-    shutil.rmtree(unfinished)
+    model_folder, data_folder, unfinished = (Path(folder, name) for name in ("model", "data", "unfinished"))
+    if not (model_folder.exists() and data_folder.exists()):
+        for leftover in (model_folder, data_folder, unfinished):
+            shutil.rmtree(leftover, ignore_errors=True)
+        print(f"base: making problems and a tiny model in {folder}, once", flush=True)
+        splits = {"train": draw_problems("train", TRAIN_QUESTIONS), "test": draw_problems("test", TEST_QUESTIONS)}
+        save_data(splits, unfinished / "data")
+        teach_base(draw_problems("traces", TRACES), steps, unfinished / "model")
+        (unfinished / "data").rename(data_folder)
+        (unfinished / "model").rename(model_folder)
+        shutil.rmtree(unfinished)
     return str(model_folder), str(data_folder)
 
 
-def teach_base(traces: list[tuple[str, str]], steps: int, folder: Path) -> None:
-    """A tiny Qwen2, taught to imitate (question, completion) pairs, saved in `folder`."""
+def save_data(splits: dict[str, list[Problem]], folder: Path) -> None:
+    """The questions and labels, in the columns of the hub's data set."""
+    from datasets import Dataset, DatasetDict, disable_progress_bars
+
+    disable_progress_bars()
+    data = DatasetDict()
+    for name, problems in splits.items():
+        rows = [{QUESTION_COLUMN: problem.question, ANSWER_COLUMN: problem.answer} for problem in problems]
+        data[name] = Dataset.from_list(rows)
+    data.save_to_disk(folder)
+
+
+def teach_base(traces: list[Problem], steps: int, folder: Path) -> None:
+    """Train a tokenizer and a model to imitate the traces. On the CPU everywhere: there is one base."""
     import torch
+    import transformers
     from datasets import Dataset
-    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
-    from transformers.trainer_callback import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     rows = [
-        {"prompt": to_conversation(question), "completion": [{"role": "assistant", "content": text}]}
-        for question, text in traces
+        {"prompt": to_conversation(p.question), "completion": [{"role": "assistant", "content": p.trace}]}
+        for p in traces
     ]
-    tokenizer = make_tokenizer([m[key] for row in rows for m in row["prompt"] + row["completion"] for key in m])
+    texts = (text for row in rows for message in row["prompt"] + row["completion"] for text in message.values())
+    # Qwen2's own class, since AutoTokenizer reads every Qwen2 folder as that, whatever the files in it say
+    special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "extra_special_tokens": ["<|im_start|>"]}
+    tokenizer = transformers.Qwen2Tokenizer(**special).train_new_from_iterator(texts, VOCABULARY, show_progress=False)
+    tokenizer.chat_template = CHAT_TEMPLATE
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(SEED)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(vocab_size=len(tokenizer), max_position_embeddings=1024, tie_word_embeddings=True, **SHAPE, **ends)
-    )
-    model.generation_config = GenerationConfig(**ends)
+    shape = transformers.Qwen2Config(vocab_size=len(tokenizer), tie_word_embeddings=True, **SHAPE, **ends)
+    model = transformers.Qwen2ForCausalLM(shape)
+    model.generation_config = transformers.GenerationConfig(**ends)
 
-    class Progress(TrainerCallback):
+    class Progress(transformers.TrainerCallback):
         def on_log(self, args, state, control, logs, **kwargs):
             if "loss" in logs:
-                print(f"base: step {state.global_step}/{state.max_steps}, loss {float(logs['loss']):.3f}", flush=True)
+                print(f"base: step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.3f}", flush=True)
 
-    args = SFTConfig(
+    config = SFTConfig(
         output_dir=str(folder.parent / "sft"),
+        seed=SEED,
+        use_cpu=True,
+        bf16=False,
         max_steps=steps,
         per_device_train_batch_size=SFT_BATCH,
+        activation_checkpointing=False,
         learning_rate=SFT_LEARNING_RATE,
         lr_scheduler_type="cosine",
-        warmup_steps=min(30, steps),
-        weight_decay=0.0,
-        completion_only_loss=True,
-        bf16=False,
-        use_cpu=True,
-        activation_checkpointing=False,
+        warmup_steps=30,
         adam_beta2=0.98,
-        seed=SEED,
-        report_to="none",
+        completion_only_loss=True,
         save_strategy="no",
-        logging_steps=100,
+        logging_steps=50,
+        report_to="none",
         disable_tqdm=True,
     )
-    trainer = SFTTrainer(
-        model=model,
-        args=args,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        callbacks=[Progress()],
-    )
-    trainer.remove_callback(PrinterCallback)
+    data = Dataset.from_list(rows)
+    trainer = SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer, callbacks=[Progress()])
+    trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
-    model.config.use_cache = True
+    model.config.use_cache = True  # the trainer switched it off
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def answer_questions(model_folder: str, questions: list[str], forced: str = "") -> list[str]:
-    """Greedy completions, each beginning with `forced`."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    texts = [
-        tokenizer.apply_chat_template(to_conversation(q), tokenize=False, add_generation_prompt=True) + forced
-        for q in questions
-    ]
-    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-    output = model.generate(**batch, max_new_tokens=RECIPE["MAX_COMPLETION_TOKENS"], do_sample=False)
-    return [
-        forced + text
-        for text in tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    ]
-
-
 def main() -> None:
-    """Make the base, then print per kind how often it is right by itself and how often when made to be careful."""
+    """Make the base, then show that it can compute but mostly does not care to."""
+    from evaluate import encode, grade, load_model
+    from rollout import make_sampler
+
     started = time.perf_counter()
     model_folder, _ = make_demo("output/demo/base")
-    print(f"{model_folder}: {time.perf_counter() - started:.0f} s")
-    problems = draw_problems("test", TEST_QUESTIONS, random.Random(SEED), unique=True)
+    print(f"base: in {model_folder} after {time.perf_counter() - started:.0f} s")
+    problems = draw_problems("test", TEST_QUESTIONS)
+    model, tokenizer = load_model(model_folder)
+    sampler = make_sampler(model.eval(), tokenizer, None)
+    prompts = encode(tokenizer, [to_conversation(p.question) for p in problems])
     right = {}
-    for way, forced in (("by itself", ""), ("careful", f"<think>\n{CAREFUL}")):
-        texts = answer_questions(model_folder, [p.question for p in problems], forced)
-        numbers = [parse_number(extract_answer(text) or "") for text in texts]
-        right[way] = [number == p.answer for number, p in zip(numbers, problems, strict=True)]
-    print(f"{'kind':<10}" + "".join(f"{way:>12}" for way in right))
+    for column, forced in (("by itself", ""), ("if careful", f"<think>\n{CAREFUL}")):
+        begun = [ids + tokenizer(forced)["input_ids"] for ids in prompts]
+        completions = sampler.generate(begun, RECIPE["MAX_COMPLETION_TOKENS"])
+        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        right[column] = [grade(forced + t, p.answer)["strict"] for t, p in zip(texts, problems, strict=True)]
+    print(f"{'right':<10}" + "".join(f"{column:>12}" for column in right))
     for kind in [*KINDS, "all"]:
         chosen = [i for i, p in enumerate(problems) if kind in (p.kind, "all")]
-        print(
-            f"{kind:<10}" + "".join(f"{sum(marks[i] for i in chosen) / len(chosen):>12.3f}" for marks in right.values())
-        )
+        print(f"{kind:<10}" + "".join(f"{sum(row[i] for i in chosen) / len(chosen):>12.1%}" for row in right.values()))
 
 
 if __name__ == "__main__":

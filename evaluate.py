@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prompts import UserError, load_questions, run, to_conversation
+from prompts import UserError, load_questions, note, run, to_conversation
 from rewards import extract_answer, find_numbers, parse_number, soft_format_reward
 
 if TYPE_CHECKING:
@@ -40,31 +40,66 @@ def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     float32, although transformers would load bf16: updates of 1e-6 vanish in bf16 weights. An adapter is merged.
 
     Raises:
-        UserError: nothing loadable there, or a tokenizer that cannot serve a conversation.
+        UserError: nothing loadable there, weights missing, or a tokenizer that does not fit them or a conversation.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    safe = {"trust_remote_code": False, "use_safetensors": True}  # a script or a pickle could do anything
+    wrong: list[str] = []
     try:
         if (Path(name) / "adapter_config.json").exists():
             from peft import AutoPeftModelForCausalLM
 
-            model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=torch.float32).merge_and_unload()
+            model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=torch.float32, **safe).merge_and_unload()
         else:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        where = "folder" if Path(name).is_dir() else "hub id"
+            safe |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # it would say less
+            model, found = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **safe)
+            wrong = sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])])
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
+    except Exception as error:  # the hub's, the weights' and the tokenizers' readers have no common base class
+        where, remedy = "hub id", "Pass a local folder, or set HF_ENDPOINT=https://hf-mirror.com"
+        if Path(name).is_dir():
+            where, remedy = "folder", "Put a whole model there (config, *.safetensors, tokenizer) or name another"
         raise UserError(
-            f"cannot load the model {name!r} ({where}): {str(error).strip().splitlines()[0]} "
-            "Pass a local folder, or set HF_ENDPOINT=https://hf-mirror.com where the hub is unreachable"
+            f"cannot load the model {name!r} ({where}): {str(error).strip().splitlines()[0]} {remedy}"
         ) from error
-    if not tokenizer.chat_template:
-        raise UserError(f"the tokenizer of {name!r} has no chat template; use an instruction-tuned model")
+    if wrong:  # they would be random numbers
+        raise UserError(
+            f"the weights of {name!r} do not fit its config.json: {len(wrong)} are missing or of another shape, "
+            f"such as {wrong[0]}; get the model again"
+        )
+    check_tokenizer(model, tokenizer, name)
     model.config.use_cache = True  # a Trainer leaves False in the checkpoints that it writes
     return model, tokenizer
+
+
+def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raises UserError where the tokenizer cannot serve this model; where it would pad with its end token, mends it."""
+    if not tokenizer.chat_template:
+        raise UserError(f"the tokenizer of {name!r} has no chat template; use an instruction-tuned model")
+    ids, rows = set(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
+    ends = model.generation_config.eos_token_id
+    unknown = {end for end in (ends if isinstance(ends, list) else [ends]) if end is not None} - ids
+    fault = ""
+    if max(ids) >= rows:
+        fault = f"its ids go up to {max(ids)}, and the model knows {rows} tokens"
+    elif unknown:
+        fault = f"the model ends with token {min(unknown)}, which it has not"
+    elif tokenizer.eos_token is None:
+        fault = "it has no end token"
+    if fault:
+        raise UserError(f"the tokenizer of {name!r} is not this model's: {fault}; put the model's own beside it")
+    if tokenizer.pad_token in (None, tokenizer.eos_token):  # padding would look like ends: the model forgets to stop
+        special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        others = [token for token in special if token != tokenizer.eos_token]
+        if not others:
+            raise UserError(f"the tokenizer of {name!r} has no special token to pad with but its end token; add one")
+        old = tokenizer.pad_token
+        tokenizer.pad_token = next((token for token in others if "pad" in token or "endoftext" in token), others[0])
+        note(f"the tokenizer of {name!r} pads with {old}; here {tokenizer.pad_token} does")
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]]) -> list[list[int]]:

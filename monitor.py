@@ -1,41 +1,257 @@
-"""What a person watches while a run goes: one line a step, completions to read, curves in TensorBoard."""
+"""What a person watches while a run goes: the console, TensorBoard, samples, alarms, and a picture at the end.
+
+    python monitor.py output                draw output/curves.png again, also while the run goes
+    python monitor.py output other ...      draw several runs over each other, in output/comparison.png
+
+The history of a run is a list of rows, one per step: {"step": 12, "reward/total": 5.1, "heldout/strict": 0.4, ...}.
+On disk it lives in TensorBoard's files under `runs/` and nowhere else; alarms and curves are functions of it.
+"""
 
 from __future__ import annotations
 
+import argparse
+import html
 import json
+import math
+import os
 import sys
 import time
+from collections.abc import Callable
+from operator import mul
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
+from types import SimpleNamespace
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 
-from evaluate import describe
+from evaluate import describe, evaluate
+from prompts import UserError, run
 from rewards import extract_answer
 
+History = list[dict[str, float]]
 
-def clock(seconds: float) -> str:
-    """3725.0 -> '1 h 02 min'"""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+# ------------------------------------------------------------------------------------------------------ the alarms
+WINDOW = 20  # steps; an alarm judges means over so many, since single steps are noise
+REPEAT = 100  # steps before an alarm that still holds is raised again
+FORMAT_RISE = 0.05  # of the completions, on average over the format rewards, earn one more, while ...
+CORRECT_FALL = 0.3  # ... this part of the right answers is lost
+CUT_OFF = 0.2  # of the completions reach MAX_COMPLETION_TOKENS
+FLAT_GROUPS = 0.8  # of the groups have no spread of rewards, and so teach nothing
+SHORTER_THINKING = 0.5  # of its length at the start
+LOWER_ENTROPY = 0.1  # of its value at the start
 
 
+def rolling(history: History, tag: str) -> list[float]:
+    """Means of `tag` over every WINDOW steps on end; empty before there are so many."""
+    values = [row[tag] for row in history if tag in row]
+    return [fmean(values[end - WINDOW : end]) for end in range(WINDOW, len(values) + 1)]
+
+
+def format_without_correctness(history: History) -> str | None:
+    """Since the best WINDOW steps the format has improved and the answers have worsened: what ruined the tutorial."""
+    correct, form = rolling(history, "correctness/correct"), rolling(history, "format/all")
+    if len(correct) <= WINDOW:
+        return None
+    peak = max(range(len(correct) - WINDOW), key=correct.__getitem__)  # of the windows apart from the newest
+    if correct[-1] > (1 - CORRECT_FALL) * correct[peak] or form[-1] < form[peak] + FORMAT_RISE:
+        return None
+    return (
+        f"format rises ({form[peak]:.0%} to {form[-1]:.0%}) while correctness falls ({correct[peak]:.0%} to "
+        f"{correct[-1]:.0%}): it learns to please, not to calculate. Stop; give correctness_reward more of "
+        "REWARD_WEIGHTS, or lower LEARNING_RATE; the checkpoint with the best held-out accuracy is kept"
+    )
+
+
+def too_many_cut_off(history: History) -> str | None:
+    """Completions that never come to their answer earn nothing, however good they are."""
+    cut_off = rolling(history, "length/cut_off")
+    if not cut_off or cut_off[-1] <= CUT_OFF:
+        return None
+    return f"{cut_off[-1]:.0%} of the completions are cut off before their answer: raise MAX_COMPLETION_TOKENS"
+
+
+def too_many_flat_groups(history: History) -> str | None:
+    """A group whose completions all earn the same has advantages of zero."""
+    flat, correct = rolling(history, "reward/flat_groups"), rolling(history, "correctness/correct")
+    if not flat or flat[-1] <= FLAT_GROUPS:
+        return None
+    remedy = (
+        "the questions have become too easy: stop here, or take harder ones"
+        if correct[-1] > 0.5
+        else "raise COMPLETIONS_PER_QUESTION, take easier questions, or begin with a better model"
+    )
+    return f"{flat[-1]:.0%} of the groups have no spread of rewards and teach nothing: {remedy}"
+
+
+def thinking_shrinks(history: History) -> str | None:
+    """The model stops reasoning, as it does where the rewards make short answers pay."""
+    length = rolling(history, "length/thinking")
+    if not length or length[-1] >= SHORTER_THINKING * length[0]:
+        return None
+    return (
+        f"thinking shrank from {length[0]:.0f} to {length[-1]:.0f} characters: read the samples; if the reasoning is "
+        "gone, stop, lower LEARNING_RATE or raise BETA, and look for what the rewards pay short answers"
+    )
+
+
+def entropy_collapsed(history: History) -> str | None:
+    """Where sampling always gives the same completion there is nothing to compare and nothing left to find."""
+    entropy = rolling(history, "training/entropy")
+    if not entropy or entropy[-1] >= LOWER_ENTROPY * entropy[0]:
+        return None
+    return (
+        f"entropy collapsed from {entropy[0]:.3f} to {entropy[-1]:.3f}: the model hardly explores any more. "
+        "Lower LEARNING_RATE, or raise BETA"
+    )
+
+
+ALARMS = [format_without_correctness, too_many_cut_off, too_many_flat_groups, thinking_shrinks, entropy_collapsed]
+
+
+def not_finite(logs: dict) -> str | None:
+    """The one trouble that ends a run: after such a step the weights are spoilt."""
+    watched = ["loss", "grad_norm", *(name for name in logs if name.startswith("rewards/") and name.endswith("/mean"))]
+    bad = [name for name in watched if name in logs and (logs[name] is None or not math.isfinite(logs[name]))]
+    if not bad:
+        return None
+    return (
+        f"{', '.join(bad)} not finite: stopped, saving nothing. Lower LEARNING_RATE, or mend the reward, and continue "
+        "the last checkpoint with --resume --force-recipe"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ the figures
+TAGS = {  # TRL's name of a figure -> the group and the name under which TensorBoard shows it
+    "reward": "reward/total",
+    "reward_std": "reward/std",
+    "completions/mean_length": "length/mean",
+    "completions/min_length": "length/min",
+    "completions/max_length": "length/max",
+    "completions/clipped_ratio": "length/cut_off",
+    "loss": "training/loss",
+    "grad_norm": "training/grad_norm",
+    "learning_rate": "training/learning_rate",
+    "entropy": "training/entropy",
+    "kl": "training/kl",
+    "clip_ratio/region_mean": "training/clipped",
+    "epoch": "training/epoch",
+}
+
+
+def read_history(output: Path) -> History:
+    """The rows of a run, from its TensorBoard files. Raises UserError where there are none."""
+    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+    if not (output / "runs").is_dir():
+        raise UserError(f"{str(output)!r} holds no run (it has no runs/); name a folder that train_grpo.py wrote")
+    events = EventAccumulator(str(output / "runs"), size_guidance={SCALARS: 0}).Reload()  # 0: all of them
+    rows: dict[int, dict[str, float]] = {}
+    for tag in events.Tags()["scalars"]:
+        for event in events.Scalars(tag):
+            rows.setdefault(event.step, {"step": event.step})[tag] = event.value
+    return [rows[step] for step in sorted(rows)]
+
+
+def keep_samples_until(step: int, file: Path) -> None:
+    """Drop what an interrupted run wrote after the checkpoint that is being continued, and a half-written line."""
+    if file.exists():
+        with open(file, encoding="utf-8") as lines:
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        temporary = file.with_name(f".tmp-{file.name}")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, file)
+
+
+def thinking(completion: str) -> str:
+    """What stands before the answer."""
+    return completion.partition("<answer>")[0].replace("<think>", "").replace("</think>", "").strip()
+
+
+def preformatted(text: str) -> str:
+    """Text that TensorBoard shows as it is: it renders Markdown, where <think> would vanish and * mean bold."""
+    return f"<pre>{html.escape(text)}</pre>"
+
+
+def side_by_side(best: dict, worst: dict) -> str:
+    """Two completions of one question as a TensorBoard table."""
+    cells = ""
+    for title, sample in (("best", best), ("worst", worst)):
+        rewards = "\n".join(f"{name} {value:g}" for name, value in sample["rewards"].items())
+        text = f"{title}, advantage {sample['advantage']:+.2f}\n{rewards}\n\n{sample['completion']}"
+        cells += f"<td>{preformatted(text)}</td>"
+    question = preformatted(f"{best['question']}\nlabel {best['label']}")
+    return f"{question}<table><tr>{cells}</tr></table>"
+
+
+# ------------------------------------------------------------------------------------------------------ the curves
+# panel -> the upper end of its scale (None: as the data want) and its curves; of several runs only the first curve
+PANELS = {
+    "training: reward": (None, {"reward/total": "total", "reward/std": "standard deviation"}),
+    "training: completions": (1.02, {"correctness/correct": "correct", "format/soft_format": "format"}),
+    "held-out, 95 % interval": (1.02, {"heldout/strict": "strict", "heldout/format": "format"}),
+    "length in tokens": (None, {"length/mean": "training", "heldout/mean_tokens": "held-out"}),
+    "wasted": (1.02, {"reward/flat_groups": "groups without spread", "length/cut_off": "completions cut off"}),
+    "entropy": (None, {"training/entropy": "per token"}),
+}
+SMOOTH = 5  # steps in the mean that is drawn over the faint curve of single steps
+
+
+def draw_curves(runs: dict[str, History], picture: Path) -> None:
+    """Draw one run, or several over each other, as 1000 x 600 pixels."""
+    from matplotlib.figure import Figure  # not pyplot: needs no display
+
+    figure = Figure(figsize=(10, 6), dpi=100, layout="constrained")
+    for axes, (title, (top, curves)) in zip(figure.subplots(2, 3, sharex=True).flat, PANELS.items(), strict=True):
+        if len(runs) > 1:
+            tag, what = next(iter(curves.items()))
+            title, lines = f"{title} ({what})", [(name, tag, history) for name, history in runs.items()]
+        else:
+            lines = [(label, tag, history) for tag, label in curves.items() for history in runs.values()]
+        for i, (label, tag, history) in enumerate(lines):
+            draw_curve(axes, history, tag, f"C{i}", label)
+        axes.set_title(title, fontsize=11)
+        axes.set_ylim(0, top)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=9)
+    figure.supxlabel("step", fontsize=10)
+    figure.savefig(picture)
+
+
+def draw_curve(axes, history: History, tag: str, color: str, label: str) -> None:
+    """One curve: points and interval where it comes from the held-out questions, else smoothed over the steps."""
+    rows = [row for row in history if tag in row]
+    steps, values = [row["step"] for row in rows], [row[tag] for row in rows]
+    if tag.startswith("heldout/"):
+        axes.plot(steps, values, color=color, label=label, marker="o", markersize=3)
+        if tag == "heldout/strict":
+            low, high = ([row[f"heldout/strict_{end}"] for row in rows] for end in ("low", "high"))
+            axes.fill_between(steps, low, high, color=color, alpha=0.15)
+        return
+    axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+    smooth = [fmean(values[max(0, end - SMOOTH) : end]) for end in range(1, len(values) + 1)]
+    axes.plot(steps, smooth, color=color, label=label)
+
+
+# ----------------------------------------------------------------------------------------------------- the callback
 class Monitor(TrainerCallback):
-    """Console, samples and TensorBoard for one run.
+    """Watches one run and writes what it sees to the console and to the run's folder.
 
     Args:
-        output: the run's folder; scalars go to its `runs/`, samples to its `samples.jsonl`.
-        sample_every: steps between two samples.
+        recipe: how often to look, at how many questions, and where to write.
+        test: held-out questions; a fixed sample of them is answered every EVAL_EVERY steps.
     """
 
-    def __init__(self, output: Path, sample_every: int) -> None:
-        self.output, self.sample_every = output, sample_every
-        self.step_seconds: list[float] = []
-        self.train_seconds = 0.0
-        self.board: SummaryWriter | None = None
+    def __init__(self, recipe: SimpleNamespace, test) -> None:
+        self.recipe, self.output = recipe, Path(recipe.OUTPUT_DIR)
+        # drawn once: every look, every run and every seed answers the same questions
+        rows = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[: recipe.EVAL_QUESTIONS]
+        self.held_out = test.select(sorted(rows.tolist()))
+        self.history: History = []
+        self.raised: dict[Callable, int] = {}  # alarm -> the step at which it was raised last
+        self.board: SummaryWriter | None = None  # the main process has one while training
 
     def watch(self, trainer, rollout) -> None:
         """Tell the monitor whom it watches; they exist only after it."""
@@ -43,6 +259,7 @@ class Monitor(TrainerCallback):
         rows = trainer.train_dataset
         questions = [prompt[-1]["content"] for prompt in rows["prompt"]]
         self.labels = dict(zip(questions, rows["answer"], strict=True))
+        self.weights = trainer.reward_weights.tolist()
 
     def print_header(self, recipe, device, autocast, processes: int, train: int, dropped: int, test: int) -> None:
         """One block that says what is about to happen."""
@@ -64,72 +281,169 @@ class Monitor(TrainerCallback):
         )
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.train_began = time.perf_counter()
         if state.is_world_process_zero:
-            # purge_step drops what an interrupted run logged after the checkpoint that this one continues
+            if state.global_step > 0:
+                self.history = [row for row in read_history(self.output) if row["step"] <= state.global_step]
+            keep_samples_until(state.global_step, self.output / "samples.jsonl")
+            # purge_step hides what an interrupted run logged after the checkpoint that this one continues
             self.board = SummaryWriter(self.output / "runs", purge_step=state.global_step + 1)
+            recipe = "\n".join(f"{name} = {value!r}" for name, value in vars(self.recipe).items())
+            self.board.add_text("recipe", preformatted(recipe), state.global_step)
+        self.seconds_before = self.history[-1].get("speed/train_seconds", 0.0) if self.history else 0.0
+        self.train_began = time.perf_counter()
+        if state.global_step == 0:
+            self.hold_out(0)
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         self.step_began = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.step_seconds.append(time.perf_counter() - self.step_began)
+        self.step_seconds = time.perf_counter() - self.step_began
+        self.due = state.global_step % self.recipe.EVAL_EVERY == 0 or state.global_step == state.max_steps
+        control.should_log |= self.due or control.should_save  # nothing is saved that on_log has not seen
 
     def on_log(self, args, state, control, logs, **kwargs) -> None:
-        if self.board is None or "reward" not in logs:  # another rank, or the closing totals
+        """Called at the end of a step, before its checkpoint is saved, with the same figures in every process."""
+        if "reward" not in logs:  # the closing totals
             return
-        for name, value in logs.items():
-            if isinstance(value, int | float):
-                self.board.add_scalar(name, value, state.global_step)
-        self.board.flush()  # a killed run keeps its curves
-        seconds = self.step_seconds[-1]
-        left = median(self.step_seconds[-20:]) * (state.max_steps - state.global_step)
-        print(
-            f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
-            f"  reward {logs['reward']:.3f}"
-            f"  correct {logs['rewards/correctness_reward/mean'] / 2:4.0%}"
-            f"  format {logs['rewards/soft_format_reward/mean'] / 0.5:4.0%}"
-            f"  length {logs['completions/mean_length']:4.0f}"
-            f"  cut off {logs['completions/clipped_ratio']:4.0%}"
-            f"  {seconds:.1f} s  left {clock(left)}",
-            flush=True,
-        )
-        if state.global_step % self.sample_every == 0 or state.global_step == 1:
-            self.show_sample(state.global_step)
-
-    def show_sample(self, step: int) -> None:
-        """Print the batch's first completion and keep it in samples.jsonl."""
-        logs = self.trainer._logs  # the last generation batch; holds it whether or not completions are logged
-        completion = logs["completion"][0][0]["content"]
-        sample = {
-            "step": step,
-            "question": logs["prompt"][0][-1]["content"],
-            "label": self.labels[logs["prompt"][0][-1]["content"]],
-            "completion": completion,
-            "extracted": extract_answer(completion),
-            "rewards": {name: values[0] for name, values in logs["rewards"].items()},
-            "advantage": logs["advantages"][0],
-        }
-        with open(self.output / "samples.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(sample, ensure_ascii=False) + "\n")
-        rewards = "  ".join(f"{name.removesuffix('_reward')} {value:g}" for name, value in sample["rewards"].items())
-        print(f"  question   {sample['question']}  (label {sample['label']})")
-        print("\n".join("  | " + line for line in completion.splitlines()))
-        print(f"  extracted  {sample['extracted']}   {rewards}", flush=True)
+        if trouble := not_finite(logs):
+            if self.board:
+                self.board.add_text("alarm/not_finite", preformatted(trouble), state.global_step)
+            self.on_train_end(args, state, control)
+            raise UserError(f"step {state.global_step}: {trouble}")
+        if self.board:  # in the main process
+            self.record(state.global_step, self.measure(logs))
+            self.print_step(state.max_steps)
+        if self.due:
+            strict = self.hold_out(state.global_step)["strict"]
+            if state.best_metric is None or strict > state.best_metric:
+                # the trainer keeps these two in its checkpoints and spares the best one when it deletes old ones
+                state.best_metric, state.best_global_step = strict, state.global_step
+                control.should_save = True
+        if self.board:
+            if state.global_step % self.recipe.SAMPLE_EVERY == 0 or state.global_step == 1:
+                self.show_samples(state.global_step)
+            self.raise_alarms(state.global_step)
+            self.board.flush()  # a killed run keeps its curves
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        self.train_seconds += time.perf_counter() - self.train_began
-        if self.board is not None:
+        if self.board:
             self.board.close()
+            self.board = None
+            draw_curves({self.output.name: self.history}, self.output / "curves.png")
+
+    def measure(self, logs: dict) -> dict[str, float]:
+        """What TRL logged for this step and what it did not, under the names that TensorBoard shows."""
+        means = {f"rewards/{name}/mean": f"reward/{name}" for name in self.trainer.reward_func_names}
+        figures = {tag: logs[name] for name, tag in (TAGS | means).items() if logs.get(name) is not None}
+        batch = self.trainer._logs  # the last generation batch of all processes
+        earned = {name: fmean(value > 0 for value in values) for name, values in batch["rewards"].items()}
+        figures["correctness/correct"] = earned.pop("correctness_reward")
+        figures |= {f"format/{name.removesuffix('_reward')}": share for name, share in earned.items()}
+        figures["format/all"] = fmean(earned.values())
+        totals = [sum(map(mul, self.weights, row)) for row in zip(*batch["rewards"].values(), strict=True)]
+        size = self.trainer.num_generations
+        groups = [totals[start : start + size] for start in range(0, len(totals), size)]
+        figures["reward/flat_groups"] = fmean(max(group) - min(group) < 1e-6 for group in groups)
+        figures["length/thinking"] = fmean(len(thinking(message["content"])) for [message] in batch["completion"])
+        figures["speed/step_seconds"] = self.step_seconds
+        figures["speed/train_seconds"] = self.seconds_before + time.perf_counter() - self.train_began
+        figures["speed/generated_tokens_per_second"] = self.rollout.tokens / max(self.rollout.seconds, 1e-9)
+        return figures
+
+    def record(self, step: int, figures: dict[str, float]) -> None:
+        """Add figures to the history, in memory and on disk."""
+        if not self.history or self.history[-1]["step"] != step:
+            self.history.append({"step": step})
+        self.history[-1] |= figures
+        for tag, value in figures.items():
+            self.board.add_scalar(tag, value, step)
+
+    def print_step(self, max_steps: int) -> None:
+        """One line for the newest row of the history."""
+        row = self.history[-1]
+        print(
+            f"step {row['step']:>{len(str(max_steps))}}/{max_steps}"
+            f"  reward {row['reward/total']:.3f}"
+            f"  correct {row['correctness/correct']:4.0%}"
+            f"  format {row['format/soft_format']:4.0%}"
+            f"  length {row['length/mean']:4.0f}"
+            f"  cut off {row['length/cut_off']:4.0%}"
+            f"  no spread {row['reward/flat_groups']:4.0%}"
+            f"  {row['speed/step_seconds']:.1f} s"
+            f"  left {clock(row['speed/train_seconds'] / row['step'] * (max_steps - row['step']))}",
+            flush=True,
+        )
+
+    def hold_out(self, step: int) -> dict:
+        """Answer the held-out questions in the main process; every process gets the figures."""
+        figures = None
+        if self.board:
+            figures, _ = evaluate(
+                self.rollout.sampler(self.trainer),
+                self.trainer.processing_class,
+                self.held_out,
+                self.recipe.MAX_COMPLETION_TOKENS,
+                self.recipe.EVAL_BATCH,
+            )
+            print(f"held-out   {describe(figures)}", flush=True)
+            low, high = figures["strict_ci95"]
+            shown = figures | {"strict_low": low, "strict_high": high}
+            self.record(step, {f"heldout/{k}": v for k, v in shown.items() if k not in ("n", "strict_ci95")})
+        return broadcast_object_list([figures])[0]
+
+    def show_samples(self, step: int) -> None:
+        """Print the batch's first completion; keep the best and the worst of its first groups."""
+        self.print_sample(self.sample(step, 0))
+        size = self.trainer.num_generations
+        with open(self.output / "samples.jsonl", "a", encoding="utf-8") as file:
+            for group in range(min(2, self.recipe.QUESTIONS_PER_STEP)):
+                samples = [self.sample(step, i) for i in range(group * size, (group + 1) * size)]
+                samples.sort(key=lambda sample: sample["advantage"])
+                best, worst = samples[-1], samples[0]
+                file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in (best, worst))
+                self.board.add_text(f"samples/group_{group + 1}", side_by_side(best, worst), step)
+
+    def sample(self, step: int, row: int) -> dict:
+        """One completion of the last generation batch."""
+        batch = self.trainer._logs
+        completion, question = batch["completion"][row][0]["content"], batch["prompt"][row][-1]["content"]
+        return {
+            "step": step,
+            "question": question,
+            "label": self.labels[question],
+            "completion": completion,
+            "extracted": extract_answer(completion),
+            "rewards": {name: values[row] for name, values in batch["rewards"].items()},
+            "advantage": batch["advantages"][row],
+        }
+
+    def print_sample(self, sample: dict) -> None:
+        """A completion as a person reads it."""
+        rewards = "  ".join(f"{name.removesuffix('_reward')} {value:g}" for name, value in sample["rewards"].items())
+        print(f"  question   {sample['question']}  (label {sample['label']})")
+        print("\n".join("  | " + line for line in sample["completion"].splitlines()))
+        print(f"  extracted  {sample['extracted']}   {rewards}", flush=True)
+
+    def raise_alarms(self, step: int) -> None:
+        """Say what looks wrong, in the console and in TensorBoard; what stays wrong is said again now and then."""
+        for check in ALARMS:
+            message = check(self.history)
+            if message and step >= self.raised.get(check, -REPEAT) + REPEAT:
+                self.raised[check] = step
+                print(f"ALARM      {message}", flush=True)
+                self.board.add_text(f"alarm/{check.__name__}", preformatted(message), step)
 
     def results(self) -> dict:
-        """What the run cost, for results.json."""
+        """What the run cost and its best checkpoint, for results.json."""
+        state, steps = self.trainer.state, [row for row in self.history if "speed/step_seconds" in row]
         return {
-            "steps": self.trainer.state.global_step,
+            "steps": state.global_step,
             "device": device_name(self.trainer.accelerator.device),
-            "train_seconds": round(self.train_seconds, 1),
+            "best": {"step": state.best_global_step, "strict": state.best_metric},
+            "train_seconds": round(steps[-1]["speed/train_seconds"], 1) if steps else 0.0,
             "generated_tokens_per_second": round(self.rollout.tokens / max(self.rollout.seconds, 1e-9)),
-            "step_seconds": round(median(self.step_seconds), 3) if self.step_seconds else None,
+            "step_seconds": round(median(row["speed/step_seconds"] for row in steps), 3) if steps else None,
             "peak_memory_gb": round(peak_memory_gb(), 2),
         }
 
@@ -140,7 +454,16 @@ class Monitor(TrainerCallback):
                 value = describe(value)
             elif name == "probe":
                 value = f"{value['question']}: {say_answer(value['before'])} before, {say_answer(value['after'])} after"
+            elif name == "best" and value["step"]:
+                value = f"checkpoint-{value['step']}, strict {value['strict']:.1%} of the held-out sample"
             print(f"{name + ':':<29}{value}")
+
+
+def clock(seconds: float) -> str:
+    """3725.0 -> '1 h 02 min'"""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
 def device_name(device: torch.device) -> str:
@@ -164,3 +487,16 @@ def peak_memory_gb() -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="draw the curves of runs", allow_abbrev=False)
+    parser.add_argument("outputs", nargs="+", type=Path, help="a run's folder; several are drawn over each other")
+    outputs = parser.parse_args().outputs
+    picture = outputs[0] / ("curves.png" if len(outputs) == 1 else "comparison.png")
+    draw_curves({str(output): read_history(output) for output in outputs}, picture)
+    print(picture)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,16 +25,29 @@ SYSTEM_PROMPT = """\
 </answer>"""
 
 
+LARGEST_ANSWER = 10**15  # beyond it a label that some reader made a float is no longer exact
+
+
 class UserError(Exception):
     """Something the user can mend; the message is one line that names the value, the place and the remedy."""
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`; a UserError becomes one line on stderr and exit code 2."""
+    """Run a script's `main`; a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
     try:
         main()
     except UserError as error:
-        sys.exit(print(f"error: {' '.join(str(error).split())}", file=sys.stderr) or 2)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes on this machine one is enough
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def note(text: str) -> None:
+    """A line that the main process prints for all."""
+    if os.environ.get("RANK", "0") == "0":  # set by torchrun and accelerate launch
+        print(f"note: {text}", flush=True)
 
 
 def to_conversation(question: str) -> list[dict]:
@@ -62,7 +76,10 @@ def read_split(dataset: str, split: str) -> Dataset:
 
 
 def load_questions(dataset: str, split: str) -> Dataset:
-    """A checked split with the columns `prompt` (messages) and `answer` (int).
+    """A checked split with the columns `prompt` (messages) and `answer` (int), each question once.
+
+    A repeated row is dropped. Where labels of one question differ, at most one can be right and nobody knows which:
+    all its rows are dropped. Both are said in a line.
 
     Raises:
         UserError: an unreadable data set, a missing split or column, an empty split, a row without a question
@@ -80,11 +97,31 @@ def load_questions(dataset: str, split: str) -> Dataset:
             )
     if len(rows) == 0:
         raise UserError(f"{where} is empty; give it rows, or pass another --dataset")
-    questions, answers = rows[QUESTION_COLUMN], rows[ANSWER_COLUMN]
-    for index, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+    labels: dict[str, int] = {}
+    contradicted = set()
+    for index, (question, answer) in enumerate(zip(rows[QUESTION_COLUMN], rows[ANSWER_COLUMN], strict=True)):
         if not isinstance(question, str) or not question.strip():
             raise UserError(f"{where}, row {index}: {QUESTION_COLUMN} is {question!r}, not a question; fill or drop it")
-        if not isinstance(answer, int) or isinstance(answer, bool):
-            raise UserError(f"{where}, row {index}: {ANSWER_COLUMN} is {answer!r}, not an integer; mend or drop it")
-    prompts = [to_conversation(question) for question in questions]
-    return Dataset.from_dict({"prompt": prompts, "answer": list(answers)})
+        if not is_label(answer):
+            raise UserError(
+                f"{where}, row {index}: {ANSWER_COLUMN} is {answer!r}, not an integer below {LARGEST_ANSWER:.0e}; "
+                "mend or drop it"
+            )
+        if labels.setdefault(question, int(answer)) != answer:
+            contradicted.add(question)
+    if contradicted:
+        first = next(question for question in labels if question in contradicted)
+        note(f"{where}: {len(contradicted)} questions with two different labels dropped, the first is {first!r}")
+    if len(labels) < len(rows):
+        note(f"{where}: {len(rows) - len(labels)} rows dropped that repeat a question")
+    kept = {question: label for question, label in labels.items() if question not in contradicted}
+    if not kept:
+        raise UserError(f"{where} has no usable row; pass another --dataset")
+    return Dataset.from_dict({"prompt": list(map(to_conversation, kept)), "answer": list(kept.values())})
+
+
+def is_label(answer: object) -> bool:
+    """An integer, or the float that a reader makes of it where another row of the column is NaN or empty."""
+    if isinstance(answer, bool) or not isinstance(answer, int | float):
+        return False
+    return abs(answer) < LARGEST_ANSWER and answer == int(answer)

@@ -69,6 +69,8 @@ SAVE_EVERY = 25  # steps
 SAVE_LIMIT = 3  # checkpoints kept; one of the 0.5B model is about 6 GB with its optimizer
 LOG_EVERY = 1  # steps
 SAMPLE_EVERY = 10  # steps between two completions shown in full
+EVAL_EVERY = 25  # steps between two looks at held-out accuracy; a new best is saved at once
+EVAL_QUESTIONS = 200  # test questions, always the same, answered at each look: 3.5 points standard error
 EVAL_BATCH = 128  # questions answered at a time, greedily
 PROBE_QUESTION = "5分钟多少秒"  # the question that the tutorial's model got wrong
 
@@ -82,6 +84,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-steps", type=int, help="stop after so many optimizer steps")
     parser.add_argument("--seed", type=int, help=f"another seed (default: {SEED})")
     parser.add_argument("--resume", action="store_true", help="continue the newest complete checkpoint in the output")
+    parser.add_argument("--force-recipe", action="store_true", help="resume although the recipe has changed")
     parser.add_argument("--demo", action="store_true", help="a tiny model on made problems: minutes, any machine")
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU (slow, but for the demo)")
     return parser.parse_args(argv)
@@ -122,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))  # set by accelerate launch and torchrun
     main_process = os.environ.get("RANK", "0") == "0"
 
-    # ---- what can be refused is refused before anything slow is imported, loaded or written
+    # ---- what can be refused is refused before anything is loaded or written
     from evaluate import answer, describe, encode, evaluate, load_model, pick_device
 
     device, autocast = pick_device(flags.cpu)
@@ -131,15 +134,24 @@ def main(argv: list[str] | None = None) -> None:
             "no CUDA GPU found (no driver, or a torch built without CUDA?); "
             "--demo trains a tiny model on any machine, --cpu trains this one, very slowly"
         )
-    accumulation = accumulation_steps(recipe, processes)
     import checkpoints
 
-    checkpoint = checkpoints.newest_checkpoint(output) if flags.resume else checkpoints.check_free(output)
-    if flags.demo:
-        import demo
+    checkpoints.check_constants(recipe)
+    accumulation = accumulation_steps(recipe, processes)
 
-        model_folder, data_folder = demo.make_demo(output / "base")
-        recipe.MODEL, recipe.DATASET = flags.model or model_folder, flags.dataset or data_folder
+    def prepare() -> tuple[Path | None, str, str]:
+        """Look into the output folder and make the demo's base: one process does it for all."""
+        checkpoint = checkpoints.newest_checkpoint(output) if flags.resume else checkpoints.claim(output)
+        if flags.demo:
+            import demo
+
+            model_folder, data_folder = demo.make_demo(output / "base")
+            recipe.MODEL, recipe.DATASET = flags.model or model_folder, flags.dataset or data_folder
+        if flags.resume:
+            checkpoints.check_recipe(output, recipe, checkpoint, flags.force_recipe)
+        return checkpoint, recipe.MODEL, recipe.DATASET
+
+    checkpoint, recipe.MODEL, recipe.DATASET = checkpoints.once(prepare, cpu=device.type == "cpu")
 
     # ---- data
     train, test = load_questions(recipe.DATASET, "train"), load_questions(recipe.DATASET, "test")
@@ -155,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     # ---- trainer
     from peft import LoraConfig
     from transformers import PrinterCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOConfig
 
     from monitor import Monitor
     from rollout import Rollout
@@ -197,12 +209,13 @@ def main(argv: list[str] | None = None) -> None:
         save_steps=recipe.SAVE_EVERY,
         save_total_limit=recipe.SAVE_LIMIT,
         logging_steps=recipe.LOG_EVERY,
+        logging_nan_inf_filter=False,  # a loss that is not finite has to be seen
         ddp_find_unused_parameters=False,  # every parameter takes part in every step
         report_to="none",  # the monitor writes TensorBoard's curves
         disable_tqdm=True,  # and the console's lines
     )
-    rollout, monitor = Rollout(), Monitor(output, recipe.SAMPLE_EVERY)
-    trainer = GRPOTrainer(
+    rollout, monitor = Rollout(), Monitor(recipe, test)
+    trainer = checkpoints.CarefulTrainer(
         model=model,
         reward_funcs=REWARDS,
         args=config,
@@ -217,6 +230,7 @@ def main(argv: list[str] | None = None) -> None:
     checkpoints.check_disk(output, trainer.model, recipe.SAVE_LIMIT)
 
     # ---- before
+    @checkpoints.memory_advice(recipe, trainer.model, processes)
     def measure(title: str) -> tuple[dict, str]:
         """Accuracy on the whole test split, and the answer to the probe."""
         sampler = rollout.sampler(trainer)
@@ -227,24 +241,24 @@ def main(argv: list[str] | None = None) -> None:
     results = checkpoints.read_results(output) if flags.resume else {}
     if main_process:
         monitor.print_header(recipe, device, autocast, processes, len(fitting), len(train) - len(fitting), len(test))
-        checkpoints.save_recipe(output, recipe)
+        if not flags.resume:
+            checkpoints.save_recipe(output, recipe)
         if "before" not in results:
             before, text = measure("before")
             results = {"model": recipe.MODEL, "dataset": recipe.DATASET, "seed": recipe.SEED, "before": before}
             results["probe"] = {"question": recipe.PROBE_QUESTION, "before": text}
         checkpoints.write_json(output / "results.json", results | {"finished": False})
 
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    with checkpoints.memory_advice(recipe, trainer.model, processes), checkpoints.StopSignals(trainer) as stop:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    if stop.signal:
+        if main_process:
+            checkpoints.write_json(output / "results.json", results | monitor.results() | {"finished": False})
+        stop.leave(output)
 
     # ---- save, after
-    trainer.model.config.use_cache = True  # the trainer switched it off; whoever loads the model wants it
-    if recipe.USE_LORA:
-        trainer.save_model(str(output / "adapter"))
-    else:
-        trainer.save_model(str(output))
+    checkpoints.save_trained(trainer, output)
     if main_process:
-        if recipe.USE_LORA:
-            checkpoints.save_merged(trainer.model, tokenizer, output)
         results["after"], results["probe"]["after"] = measure("after")
         results |= monitor.results() | {"finished": True}
         checkpoints.write_json(output / "results.json", results)

@@ -4,6 +4,7 @@ All on tiny random models on the CPU. The captured step is stood in for by a "gr
 same tensors, so that everything but CUDA's own part of it (`Sampler._capture`) is covered; `bench_step.py` does that.
 """
 
+import copy
 import json
 import os
 import subprocess
@@ -30,7 +31,7 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
-from rollout import PlainSampler, Rollout, Sampler, make_sampler, why_not
+from rollout import CHECK_EVERY, PlainSampler, Rollout, Sampler, make_sampler, why_not
 
 VOCABULARY, PAD, EOS = 32, 0, 1
 MIXED = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16, 17], [5, 6, 7], [20, 21, 22, 23, 24], [30, 2]]
@@ -73,20 +74,33 @@ def make_model(kind: str = "Qwen2", **changes) -> Qwen2ForCausalLM:
 
 
 def replayed(sampler: Sampler) -> Sampler:
-    """Take the path of captured graphs; as a real capture does, the stand-in first runs the step a few times."""
+    """Take the path of captured graphs: the step runs a few times, then only ever on the tensors of that moment."""
 
     def capture(batch):
         with torch.random.fork_rng([]):
             for _ in range(2):
                 sampler._step(batch)
-        return SimpleNamespace(replay=lambda: sampler._step(batch))
+        frozen = copy.copy(batch)
+        frozen.keys, frozen.values = list(batch.keys), list(batch.values)
+        return SimpleNamespace(replay=lambda: sampler._step(frozen))
 
     sampler.use_graph, sampler._capture = True, capture
     return sampler
 
 
-def make_loop(model, path: str, autocast=None) -> Sampler:
-    sampler = Sampler(model, make_tokenizer(), autocast)
+class Recorder(Sampler):
+    """Keeps the logits that every token was picked from, by row."""
+
+    logits: list[dict[int, torch.Tensor]]
+
+    def _pick(self, batch, logits):
+        self.logits.append(dict(zip(batch.live.tolist(), logits.clone(), strict=True)))
+        super()._pick(batch, logits)
+
+
+def make_loop(model, path: str = "eager", autocast=None, kind: type[Sampler] = Sampler) -> Sampler:
+    sampler = kind(model, make_tokenizer(), autocast)
+    sampler.logits = []
     return replayed(sampler) if path == "replayed" else sampler
 
 
@@ -117,29 +131,22 @@ def test_greedy_equals_generate(kind, path):
 def test_rows_that_finish_early(path):
     """Rows end at very different tokens; whoever has ended neither changes nor is changed by the others."""
     model = make_model().eval()
-    prompts = [[2 + i % 30, 2 + (7 * i) % 30] for i in range(60)]
-    completions = make_loop(model, path).generate(prompts, 60)
+    prompts = [[2 + i % 30, 2 + (7 * i) % 30] for i in range(25)]
+    sampler = make_loop(model, path, kind=Recorder)
+    completions = sampler.generate(prompts, 60)
     assert completions == reference(model, prompts, 60)
     assert len({len(row) for row in completions}) > 5
-
-
-class Recorder(Sampler):
-    """Keeps the logits that every token was picked from."""
-
-    def _pick(self, batch, logits):
-        rows = batch.live.tolist()
-        self.logits.append(dict(zip(rows, logits.clone(), strict=True)))
-        super()._pick(batch, logits)
+    assert path == "replayed" or len(sampler.logits[-1]) < len(prompts), "no finished row was dropped"
 
 
 @both_paths
 def test_log_probabilities_equal_a_teacher_forced_forward(path):
     """The loop's log-probability of each sampled token is that of one plain forward over the whole text."""
     model = make_model().eval()
-    sampler = Recorder(model, make_tokenizer())
-    sampler.logits = []
-    if path == "replayed":
-        replayed(sampler)._capture = lambda batch: SimpleNamespace(replay=lambda: sampler._step(batch))
+    sampler = make_loop(model, path, kind=Recorder)
+    sampler.generate(MIXED, 1, temperature=1.3)
+    sampler.generate(MIXED, 2, temperature=1.3)  # any capture is behind us
+    sampler.logits.clear()
     completions = sampler.generate(MIXED, 24, temperature=1.3)
     for row, (prompt, completion) in enumerate(zip(MIXED, completions, strict=True)):
         ours = torch.stack([step[row] for step in sampler.logits[: len(completion)]])
@@ -182,7 +189,9 @@ def test_ends(path):
     one = sampler.generate([[5, 6, 7], [8]], 1)
     assert [len(row) for row in one] == [1, 1]
     model.generation_config.eos_token_id = [EOS, one[0][0]]  # now the first answer ends with its first token
-    assert make_loop(model, path).generate([[5, 6, 7]], 30) == one[:1]
+    sampler = make_loop(model, path, kind=Recorder)
+    assert sampler.generate([[5, 6, 7]], 30) == one[:1]
+    assert len(sampler.logits) <= CHECK_EVERY + 2, "it went on although all rows had ended"
 
 
 @both_paths
@@ -232,7 +241,9 @@ def test_weights_of_the_moment():
     assert sampler.generate(MIXED, 20) == reference(model, MIXED, 20)
     model.load_state_dict({name: tensor.flip(0) for name, tensor in model.state_dict().items()})
     assert sampler.generate(MIXED, 20) == reference(model, MIXED, 20)
-    model.double()  # other tensors at other addresses
+    model.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(torch.randn(64, 32))
+    assert sampler.generate(MIXED, 20) == reference(model, MIXED, 20)
+    model.double()
     assert sampler.generate(MIXED, 20) == reference(model, MIXED, 20)
 
 
@@ -271,8 +282,7 @@ def test_lora_is_merged(autocast, path):
 def test_exact_copy_rounds_as_the_trainer():
     """Under bf16 autocast the loop's logits lie as close to the trainer's as a plain cached decode does."""
     model = make_model().eval()
-    sampler = Recorder(model, make_tokenizer(), torch.bfloat16)
-    sampler.logits = []
+    sampler = make_loop(model, autocast=torch.bfloat16, kind=Recorder)
     completions = sampler.generate(MIXED, 24)
     for row, (prompt, completion) in enumerate(zip(MIXED, completions, strict=True)):
         ours = torch.stack([step[row] for step in sampler.logits[: len(completion)]]).float()
@@ -289,10 +299,11 @@ def test_exact_copy_rounds_as_the_trainer():
 def test_training_model_is_left_alone(path):
     """Checkpointing, training mode, config and forward stay bit for bit, causal mask and gradients included."""
     model = make_model()
+    model.set_attn_implementation("eager")  # the loop's own choice, sdpa, must not get into it
     model.config.use_cache = False
     model.gradient_checkpointing_enable()
     model.train()
-    config, text = model.config.to_json_string(), torch.tensor([MIXED[2] + MIXED[4]])
+    config, text = copy.deepcopy(model.config.__dict__), torch.tensor([MIXED[2] + MIXED[4]])
 
     def look():
         model.zero_grad()
@@ -306,7 +317,7 @@ def test_training_model_is_left_alone(path):
         make_loop(model, path, autocast).generate(MIXED, 12, temperature=1.0)
     assert all(torch.equal(a, b) for a, b in zip(before, look(), strict=True))
     assert modules == [(name, id(module), set(module.__dict__)) for name, module in model.named_modules()]
-    assert model.training and model.config.to_json_string() == config
+    assert model.training and model.config.__dict__ == config
     assert all(parameter.requires_grad for parameter in model.parameters())
     model.eval()
     assert Sampler(model.train(), make_tokenizer()).generate(MIXED, 30) == reference(model.eval(), MIXED, 30)
@@ -351,12 +362,12 @@ def test_why_not_settings(tmp_path, setting, reason):
 
 
 def test_why_not_models(capsys):
-    """Models without a plain cache, of other adapters or positions are refused; a PlainSampler takes them."""
+    """Other architectures, attention, positions and adapters are refused with a line; a PlainSampler takes them."""
     sliding = make_model(use_sliding_window=True, sliding_window=8, max_window_layers=0)
-    longrope = make_model(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    dynamic = make_model(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
     dora = get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"], use_dora=True))
-    absolute = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=32, n_layer=1, n_head=2, bos_token_id=1))
-    for model, reason in ((sliding, "cache"), (longrope, "positions"), (dora, "LoRA"), (absolute, "cache")):
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=1))
+    for model, reason in ((sliding, "window"), (dynamic, "positions"), (dora, "LoRA"), (gpt2, "gpt2")):
         assert reason in why_not(model)
         assert isinstance(make_sampler(model, make_tokenizer()), PlainSampler)
     assert len(capsys.readouterr().out.splitlines()) == 4
@@ -436,7 +447,8 @@ from test_rollout import Watch, make_trainer
 
 torch.set_num_threads(1)
 folder, rollout = pathlib.Path(sys.argv[1]), Watch()
-trainer = make_trainer(folder, rollout, max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=1, ddp_find_unused_parameters=False)
+split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "ddp_find_unused_parameters": False}
+trainer = make_trainer(folder, rollout, max_steps=2, **split)
 trainer.train()
 (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(rollout.made))
 """

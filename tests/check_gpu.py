@@ -1,0 +1,61 @@
+"""Ten steps of the real recipe at the true 0.5B shape with random weights: time and memory of a machine, no hub.
+
+    python tests/check_gpu.py [TOKENIZER]    # a folder or hub id; default: the hub's Qwen/Qwen2.5-0.5B-Instruct
+
+Random weights hardly ever end an answer, so every completion runs to its full length: what is measured is the worst
+case of step time and peak memory, not learning. Anything that follows the tokenizer goes to train_grpo.py.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import train_grpo
+from prompts import ANSWER_COLUMN, QUESTION_COLUMN
+
+SHAPE = {  # Qwen2.5-0.5B's config.json
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "tie_word_embeddings": True,
+    "eos_token_id": 151645,
+    "pad_token_id": 151643,
+    "bos_token_id": None,
+}
+STEPS = 10
+# About as long as the Chinese GSM8K's questions.
+QUESTION = "一列火车每小时行驶{a}公里，先行驶了{b}小时，休息之后又行驶了{c}小时，每张车票{d}元。它一共行驶了多少公里？"
+
+
+def main() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else train_grpo.MODEL)
+    folder = Path(tempfile.mkdtemp(prefix="check_gpu_"))
+    rows = []
+    for i in range(400):
+        a, b, c, d = 10 + i, 1 + i % 7, 2 + i % 5, 20 + i % 9
+        rows.append({QUESTION_COLUMN: QUESTION.format(a=a, b=b, c=c, d=d), ANSWER_COLUMN: a * (b + c)})
+    DatasetDict(train=Dataset.from_list(rows[:384]), test=Dataset.from_list(rows[384:])).save_to_disk(folder / "data")
+    Qwen2ForCausalLM(Qwen2Config(**SHAPE)).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    flags = ["--model", folder / "model", "--dataset", folder / "data", "--output", folder / "run"]
+    flags += ["--max-steps", STEPS, *sys.argv[2:]]
+    script = Path(train_grpo.__file__)
+    subprocess.run([sys.executable, script, *map(str, flags)], check=True)
+    results = json.loads((folder / "run" / "results.json").read_text(encoding="utf-8"))
+    for name in ("device", "step_seconds", "generated_tokens_per_second", "peak_memory_gb"):
+        print(f"{name}: {results[name]}")
+
+
+if __name__ == "__main__":
+    main()

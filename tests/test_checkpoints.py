@@ -1,0 +1,383 @@
+"""What must not get lost: whole checkpoints, resuming, the recipe, an orderly stop, a full disk."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import load_from_disk
+
+import checkpoints
+import train_grpo
+from monitor import read_history
+from prompts import UserError
+
+SMALL = {"QUESTIONS_PER_STEP": 2, "MAX_COMPLETION_TOKENS": 32, "EVAL_QUESTIONS": 8, "SAVE_EVERY": 1, "SAVE_LIMIT": 9}
+SMALL |= {"BETA": 0.0, "LEARNING_RATE": 5e-4, "WARMUP_STEPS": 1, "GRADIENT_CHECKPOINTING": False}
+
+
+@pytest.fixture(scope="module")
+def train(demo_base, tmp_path_factory):
+    """Runs main() in this process on a few questions: train(output, "--resume", SAVE_LIMIT=1)."""
+    folder = tmp_path_factory.mktemp("data")
+    data = load_from_disk(demo_base / "data")
+    for split, count in (("train", 32), ("test", 8)):
+        data[split] = data[split].select(range(count))
+    data.save_to_disk(folder)
+
+    def run(output: Path, *flags: str, **constants: object) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in (SMALL | constants).items():
+                patch.setattr(train_grpo, name, value)
+            model = ["--cpu", "--model", str(demo_base / "model"), "--dataset", str(folder)]
+            train_grpo.main([*model, "--output", str(output), "--max-steps", "3", *flags])
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole_run(train, tmp_path_factory):
+    """The folder of a run of three steps that nothing interrupted, and its trainer."""
+    output, trainers = tmp_path_factory.mktemp("whole") / "run", []
+    with pytest.MonkeyPatch.context() as patch:
+        stop = checkpoints.StopSignals.__init__
+        patch.setattr(checkpoints.StopSignals, "__init__", lambda self, t: trainers.append(t) or stop(self, t))
+        train(output)
+    return SimpleNamespace(output=output, trainer=trainers[0])
+
+
+@pytest.fixture
+def copy(whole_run, tmp_path) -> Path:
+    """A copy of that folder, to be damaged."""
+    return Path(shutil.copytree(whole_run.output, tmp_path / "copy"))
+
+
+def names(output: Path) -> list[str]:
+    return sorted(path.name for path in output.glob("*checkpoint-*"))
+
+
+# ---------------------------------------------------------------------------------------------------------- resuming
+def test_interrupted_run_ends_bit_identical(train, whole_run, tmp_path, monkeypatch, capsys):
+    """Ctrl-C in step 1, then --resume: the same weights to the last bit, one history, one `before`, summed time."""
+    output = tmp_path / "run"
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def press(self, args, state, control, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # so that a second one ends the process at once
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.StopSignals, "on_step_begin", press)
+        patch.setattr("sys.argv", ["train_grpo.py", "--output", "my run", "--force-recipe"])
+        with pytest.raises(SystemExit) as left:
+            train(output)
+    assert left.value.code == 130
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    said = capsys.readouterr().out
+    assert "stopped by SIGINT with checkpoint-1" in said and "python train_grpo.py --output 'my run' --resume\n" in said
+    assert names(output) == ["checkpoint-1"] and (output / "curves.png").exists()
+    stopped = json.loads((output / "results.json").read_text())
+    assert stopped["steps"] == 1 and not stopped["finished"] and "after" not in stopped
+
+    train(output, "--resume")
+    for file in ("model.safetensors", "checkpoint-3/optimizer.pt", "checkpoint-3/scheduler.pt"):
+        assert (output / file).read_bytes() == (whole_run.output / file).read_bytes(), file
+    whole, resumed = read_history(whole_run.output), read_history(output)
+    assert [row["step"] for row in resumed] == [row["step"] for row in whole] == [0, 1, 2, 3]
+    assert [row.get("reward/total") for row in resumed] == [row.get("reward/total") for row in whole]
+    results = json.loads((output / "results.json").read_text())
+    assert results["finished"] and results["before"] == stopped["before"]
+    assert results["train_seconds"] > stopped["train_seconds"]
+
+
+def test_finished_run_makes_no_further_step(train, copy):
+    """A run killed after its last step resumes to save and evaluate, not to train once more."""
+    weights = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").unlink()
+    train(copy, "--resume")
+    assert (copy / "model.safetensors").read_bytes() == weights
+    assert json.loads((copy / "results.json").read_text())["steps"] == 3
+
+
+def test_new_rhythm_on_resume(train, copy):
+    """SAVE_EVERY and SAVE_LIMIT are those of today, not those that the checkpoint brings; the best one stays."""
+    for name in ("checkpoint-2", "checkpoint-3"):
+        shutil.rmtree(copy / name)
+    train(copy, "--resume", SAVE_EVERY=2, SAVE_LIMIT=1, EVAL_EVERY=3)
+    state = json.loads((copy / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["best_global_step"] == 3 and state["save_steps"] == 2
+    assert names(copy) == ["checkpoint-3"]
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("model.safetensors", "cut"),
+        ("model.safetensors", "delete"),
+        ("optimizer.pt", "cut"),
+        ("optimizer.pt", "empty"),
+        ("scheduler.pt", "delete"),
+        ("rng_state.pth", "cut"),
+        ("trainer_state.json", "cut"),
+        ("config.json", "empty"),
+    ],
+)
+def test_damaged_checkpoint_is_skipped(copy, capsys, file, damage):
+    """Whatever is cut short, empty or gone: the checkpoint and the file are named, the one before it is taken."""
+    path = copy / "checkpoint-3" / file
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "delete":
+        path.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
+    assert checkpoints.newest_checkpoint(copy) == copy / "checkpoint-2"
+    said = capsys.readouterr().out
+    assert "checkpoint-3 skipped" in said and file.split(".")[-1] in said
+    assert names(copy) == ["checkpoint-1", "checkpoint-2", "damaged-checkpoint-3"]
+
+
+def test_no_complete_checkpoint(copy):
+    """With nothing to resume from, each damaged one is named and none is touched."""
+    for path in copy.glob("checkpoint-*"):
+        (path / "optimizer.pt").unlink()
+    with pytest.raises(UserError, match="checkpoint-3 is damaged: no optimizer.pt; checkpoint-2 .*checkpoint-1"):
+        checkpoints.newest_checkpoint(copy)
+    assert names(copy) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    with pytest.raises(UserError, match="holds no complete checkpoint; start without --resume"):
+        checkpoints.newest_checkpoint(copy / "nowhere")
+
+
+class Bomb:
+    """What a malicious checkpoint would hold: a pickle that runs a command when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_checkpoints_run_no_code(copy, tmp_path):
+    """A pickle in optimizer.pt is not executed; the checkpoint counts as damaged."""
+    torch.save(Bomb(tmp_path / "ran"), copy / "checkpoint-3" / "optimizer.pt")
+    assert "optimizer.pt" in checkpoints.find_fault(copy / "checkpoint-3")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_checkpoint_of_another_model(copy, whole_run):
+    """Trainer would load what fits and train the rest from random numbers; here it is refused."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config.from_pretrained(copy / "checkpoint-3")
+    config.num_hidden_layers += 1
+    config.layer_types += config.layer_types[:1]
+    Qwen2ForCausalLM(config).save_pretrained(copy / "checkpoint-3")
+    with pytest.raises(UserError, match="checkpoint-3' was saved from another model"):
+        whole_run.trainer._load_from_checkpoint(str(copy / "checkpoint-3"))
+    whole_run.trainer._load_from_checkpoint(str(whole_run.output / "checkpoint-3"))
+
+
+# -------------------------------------------------------------------------------------------------------- the recipe
+def test_changed_recipe_is_named(train, copy):
+    """Every changed constant is named with both values; those that only say how it is computed may change."""
+    with pytest.raises(UserError) as error:
+        train(copy, "--resume", "--seed", "7", LEARNING_RATE=1e-4, MICRO_BATCH=16, SAVE_EVERY=2, LOG_EVERY=2)
+    for part in ("LEARNING_RATE 0.0005 -> 0.0001", "SEED 42 -> 7", "--force-recipe", "--output"):
+        assert part in str(error.value)
+    for name in ("MICRO_BATCH", "SAVE_EVERY", "LOG_EVERY", "OUTPUT_DIR", "SYSTEM_PROMPT", "versions"):
+        assert name not in str(error.value)
+
+
+def test_forced_recipe(copy, capsys):
+    """With --force-recipe the change is said, the old recipe kept beside the new one, which is from then on right."""
+    file = copy / "recipe" / "recipe.json"
+    old = json.loads(file.read_text())
+    recipe = SimpleNamespace(**{name: value for name, value in old.items() if name in vars(train_grpo)})
+    recipe.LEARNING_RATE = 1e-4
+    checkpoints.check_recipe(copy, recipe, copy / "checkpoint-3", force=True)
+    assert "checkpoint-3 under a changed recipe: LEARNING_RATE 0.0005 -> 0.0001" in capsys.readouterr().out
+    assert json.loads((copy / "recipe" / "recipe-until-3.json").read_text()) == old
+    checkpoints.check_recipe(copy, recipe, copy / "checkpoint-3", force=False)
+
+
+def test_moved_folder_is_the_same_run(tmp_path):
+    """The demo's model lies inside the output folder: moving that, or spelling it otherwise, changes no recipe."""
+    recipe = SimpleNamespace(OUTPUT_DIR="output/demo", MODEL="output/demo/base/model")
+    checkpoints.save_recipe(tmp_path, recipe)
+    recipe.OUTPUT_DIR, recipe.MODEL = "/elsewhere/demo", "/elsewhere/demo/base/model"
+    checkpoints.check_recipe(tmp_path, recipe, tmp_path / "checkpoint-1", force=False)
+    recipe.MODEL = "/elsewhere/other/model"
+    with pytest.raises(UserError, match="MODEL"):
+        checkpoints.check_recipe(tmp_path, recipe, tmp_path / "checkpoint-1", force=False)
+
+
+def test_every_constant_has_a_rule():
+    """No constant is unchecked, none that is gone is still named."""
+    constants = {name for name in vars(train_grpo) if name.isupper()} - {"REWARDS"}
+    named = [name for _, listed in checkpoints.RULES.values() for name in listed.split()]
+    assert sorted(named) == sorted(constants)
+    assert checkpoints.FREE - {"versions"} <= constants
+
+
+# ------------------------------------------------------------------------------------------------- the output folder
+def test_a_run_is_not_overwritten(copy):
+    """A folder with a checkpoint, or with a finished run's results, is refused."""
+    with pytest.raises(UserError, match="already holds a run .checkpoint-1.*--resume.*--output"):
+        checkpoints.claim(copy)
+    for path in [*copy.glob("checkpoint-*"), copy / "model.safetensors"]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(UserError, match="already holds a run .results.json"):
+        checkpoints.claim(copy)
+
+
+def test_a_run_that_saved_nothing_gives_way(copy):
+    """Killed before its first save, a run can be begun again; its remains go, the demo's base stays."""
+    for path in [*copy.glob("checkpoint-*"), copy / "model.safetensors"]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    checkpoints.write_json(copy / "results.json", {"finished": False})
+    (copy / ".tmp-checkpoint-1").mkdir()
+    (copy / "base").mkdir()
+    checkpoints.claim(copy)
+    left = {path.name for path in copy.iterdir()}
+    assert "base" in left and not left & {"runs", "recipe", "results.json", "samples.jsonl", ".tmp-checkpoint-1"}
+
+
+def test_foreign_folders_are_left_alone(tmp_path):
+    """What merely has the name of something of ours is not deleted."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / ".tmp-mine").mkdir()
+    checkpoints.claim(tmp_path)
+    assert (tmp_path / "runs").exists() and (tmp_path / ".tmp-mine").exists()
+
+
+def test_output_that_cannot_be_written(tmp_path, monkeypatch):
+    """A file, a path through a file and a read-only place are refused in a line; nothing is created by looking."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        checkpoints.claim(tmp_path / "file")
+    with pytest.raises(UserError, match="cannot be written to"):
+        checkpoints.claim(tmp_path / "file" / "run")
+    checkpoints.claim(tmp_path / "a" / "b")
+    assert not (tmp_path / "a").exists()
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: (_ for _ in ()).throw(OSError(30, "Read-only")))
+    with pytest.raises(UserError, match="cannot be written to .Read-only"):
+        checkpoints.newest_checkpoint(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------- saving
+def save(trainer, step: int) -> None:
+    trainer.state.global_step = step
+    trainer._save_checkpoint(trainer.model, None)
+
+
+@pytest.fixture
+def trainer(whole_run, tmp_path):
+    """The trainer of the whole run, saving into a folder with checkpoint-1."""
+    trainer = whole_run.trainer
+    trainer.args.output_dir, trainer.args.save_total_limit = str(tmp_path), 9
+    trainer.state.best_global_step = None
+    save(trainer, 1)
+    return trainer
+
+
+def test_kill_at_any_moment_of_a_save(trainer, tmp_path):
+    """kill -9 at random moments while one checkpoint is written and an old one deleted: all that is there is whole."""
+    trainer.args.save_total_limit = 2
+    begun = time.perf_counter()
+    save(trainer, 2)
+    seconds = time.perf_counter() - begun
+    rng, cut_short = random.Random(0), 0
+    for step in range(3, 15):
+        child = os.fork()
+        if child == 0:
+            save(trainer, step)
+            os._exit(0)
+        time.sleep(rng.random() * seconds)
+        os.kill(child, signal.SIGKILL)
+        cut_short += os.waitpid(child, 0)[1] == signal.SIGKILL
+        there = checkpoints._checkpoints(tmp_path)
+        assert len(there) >= 2 and [checkpoints.find_fault(path) for path in there] == [None] * len(there)
+    assert cut_short >= 3
+    newest = checkpoints.newest_checkpoint(tmp_path)  # what --resume begins with
+    assert newest == there[-1] and not list(tmp_path.glob(".tmp*"))
+
+
+def test_disk_full_in_the_middle_of_a_save(trainer, tmp_path, capsys):
+    """The weights fit, the optimizer does not: one line says so, the remains go, the older checkpoint stays whole."""
+    limit = (tmp_path / "checkpoint-1" / "model.safetensors").stat().st_size + 1000
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        save(trainer, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().out.strip()
+    assert said.startswith("WARNING: checkpoint-2 could not be saved (") and said.endswith("Training goes on")
+    assert "kept: checkpoint-1." in said and len(said.splitlines()) == 1
+    assert names(tmp_path) == ["checkpoint-1"] and not list(tmp_path.glob(".tmp*"))
+    assert checkpoints.find_fault(tmp_path / "checkpoint-1") is None
+    save(trainer, 3)  # and when there is room again
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-3"]
+
+
+def test_no_room_for_a_save(trainer, tmp_path, capsys, monkeypatch):
+    """Too little free disk is noticed before anything is written."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1e6))
+    save(trainer, 2)
+    assert "(0.00 GB free, 0.01 GB needed)" in capsys.readouterr().out and names(tmp_path) == ["checkpoint-1"]
+
+
+def test_estimate_of_a_checkpoint(trainer, tmp_path):
+    """What is asked of the disk is what a checkpoint takes, within a twentieth."""
+    taken = sum(path.stat().st_size for path in (tmp_path / "checkpoint-1").iterdir())
+    assert checkpoints.checkpoint_bytes(trainer.model)[0] == pytest.approx(taken, rel=0.05)
+
+
+def test_disk_is_checked_before_the_run(trainer, tmp_path, monkeypatch):
+    """The line names what is free, what is needed and the constant to lower; what is saved already counts."""
+    each, final = checkpoints.checkpoint_bytes(trainer.model)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * each + final))
+    checkpoints.check_disk(tmp_path, trainer.model, save_limit=3)
+    with pytest.raises(UserError, match="GB free and .*5 checkpoints.*SAVE_LIMIT.*--output"):
+        checkpoints.check_disk(tmp_path, trainer.model, save_limit=4)
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "kept"), [(3, None, {3, 4, 5}), (3, 1, {1, 4, 5}), (1, 2, {2, 5}), (1, None, {5}), (2, 5, {4, 5})]
+)
+def test_rotation(tmp_path, limit, best, kept):
+    """The newest and the best always stay and count towards SAVE_LIMIT."""
+    for step in range(1, 6):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    checkpoints._rotate(tmp_path, limit, best)
+    assert {checkpoints._step(path) for path in tmp_path.iterdir()} == kept
+
+
+def test_trained_model_that_cannot_be_saved(trainer, tmp_path, monkeypatch):
+    """The end of a run on a full disk: one line that sends the user to --resume, and no half a model."""
+    monkeypatch.setattr(trainer, "save_model", lambda folder: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(UserError, match="could not be saved .*No space left.*--resume"):
+        checkpoints.save_trained(trainer, tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+@pytest.mark.parametrize("generating", [False, True])
+def test_out_of_memory(trainer, generating):
+    """One line, the cheapest constants first; while generating, micro batches are no remedy."""
+    recipe = train_grpo.make_recipe(train_grpo.parse_flags([]))
+    recipe.GRADIENT_CHECKPOINTING = False
+    source = compile("raise error", "rollout.py" if generating else "trainer.py", "exec")
+    with pytest.raises(UserError) as caught, checkpoints.memory_advice(recipe, trainer.model, processes=1):
+        exec(source, {"error": torch.OutOfMemoryError("CUDA out of memory.")})
+    text = str(caught.value)
+    order = ["MICRO_BATCH 8 -> 4", "GRADIENT_CHECKPOINTING = True"] * (not generating)
+    order += ["BETA = 0", "MAX_COMPLETION_TOKENS", "QUESTIONS_PER_STEP 32", "USE_LORA = True"]
+    assert [text.index(part) for part in order] == sorted(text.index(part) for part in order)
+    assert ("MICRO_BATCH" in text) != generating and "256 x 768 tokens" in text

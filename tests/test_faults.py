@@ -1,0 +1,251 @@
+"""Faults as they happen to users: bad constants, bad model folders, kill -9, SIGTERM, two processes."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, error_line, run_script
+from safetensors.torch import load_file
+
+import checkpoints
+import evaluate
+import train_grpo
+from prompts import UserError
+
+# train_grpo.py as a user starts it, but with a small step, saved after each one, and with completions that are fixed,
+# so that one process and two have the same to train on: what they are depends on the question and the place only.
+DRIVER = """
+import json, os, sys, zlib
+import demo, train_grpo
+demo.RECIPE |= {"QUESTIONS_PER_STEP": 4, "MICRO_BATCH": 8, "SAVE_EVERY": 1, "EVAL_EVERY": 100, "EVAL_QUESTIONS": 8}
+if "--fixed" in sys.argv:
+    sys.argv.remove("--fixed")
+    import checkpoints, rollout
+    def generate(self, prompts, trainer):
+        first = int(os.environ.get("RANK", 0)) * len(prompts)
+        encode = lambda text: trainer.processing_class(text, add_special_tokens=False)["input_ids"]
+        prompt_ids = trainer.processing_class.apply_chat_template(
+            prompts, add_generation_prompt=True, return_dict=True)["input_ids"]
+        completions = []
+        for i, prompt in enumerate(prompts, first):
+            number = zlib.crc32(prompt[-1]["content"].encode()) % 50 + i % trainer.num_generations
+            tags = ("<think>", "</think>") if number % 3 else ("", "")
+            completions.append(encode(f"{tags[0]}\\n{number}\\n{tags[1]}\\n<answer>\\n{number}\\n</answer><|im_end|>"))
+        return {"prompt_ids": prompt_ids, "completion_ids": completions, "logprobs": None}
+    rollout.Rollout.__call__ = generate
+    write = checkpoints.CarefulTrainer._write
+    def record(self, folder):
+        write(self, folder)
+        if self.args.should_save:
+            logs = {name: list(self._logs[name]) for name in ("prompt", "completion", "advantages")}
+            logs["rewards"] = {name: list(values) for name, values in self._logs["rewards"].items()}
+            (folder / "logs.json").write_text(json.dumps(logs))
+    checkpoints.CarefulTrainer._write = record
+train_grpo.run(train_grpo.main)
+"""
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("driver") / "train_grpo_small.py"
+    path.write_text(DRIVER)
+    return path
+
+
+def start(output: Path, *flags: object, command: list, log: str = "log") -> subprocess.Popen:
+    """A run in a process of its own, which writes what it says to a file."""
+    arguments = [*command, "--demo", "--cpu", "--output", output, *flags]
+    with open(output / log, "w") as file:
+        return subprocess.Popen(
+            list(map(str, arguments)), env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=file, stderr=file
+        )
+
+
+def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
+    """Until a file or folder is there."""
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < end, f"no {path.name}"
+        time.sleep(0.02)
+
+
+# -------------------------------------------------------------------------------------------------- bad constants
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("LEARNING_RATE", "1e-6"),
+        ("LEARNING_RATE", float("nan")),
+        ("LEARNING_RATE", 0),
+        ("LEARNING_RATE", True),
+        ("MICRO_BATCH", 0),
+        ("MICRO_BATCH", 8.0),
+        ("QUESTIONS_PER_STEP", -1),
+        ("COMPLETIONS_PER_QUESTION", 1),
+        ("MAX_STEPS", 0),
+        ("SEED", 2**32),
+        ("ADAM_BETAS", 0.9),
+        ("ADAM_BETAS", (0.9, 1.0)),
+        ("TEMPERATURE", float("inf")),
+        ("TOP_P", 1.5),
+        ("USE_LORA", "False"),
+        ("LORA_MODULES", "q_proj"),
+        ("LOSS_TYPE", "ppo"),
+        ("SCALE_REWARDS", None),
+        ("MODEL", ""),
+        ("REWARD_WEIGHTS", [1, "2"]),
+        ("SAVE_LIMIT", 0),
+    ],
+)
+def test_constant_of_a_wrong_kind(monkeypatch, tmp_path, name, value):
+    """A constant of a wrong type or out of range is named with its value and what it may be, before anything loads."""
+    monkeypatch.setattr(train_grpo, name, value)
+    with pytest.raises(UserError, match=f"^{name} = {re.escape(repr(value))} is not (an?|one|True|-1) "):
+        train_grpo.main(["--cpu", "--output", str(tmp_path)])
+
+
+def test_real_constants_are_right():
+    """The recipe itself, and the demo's, pass."""
+    for flags in ([], ["--demo"]):
+        checkpoints.check_constants(train_grpo.make_recipe(train_grpo.parse_flags(flags)))
+
+
+def test_error_as_the_user_sees_it(tmp_path):
+    """One line on stderr and exit code 2: a bad flag value, an output that is a file, nothing to resume."""
+    (tmp_path / "file").write_text("")
+    for flags, words in (
+        (["--max-steps", 0], "MAX_STEPS = 0"),
+        (["--output", tmp_path / "file"], "is a file"),
+        (["--output", tmp_path / "new", "--resume"], "holds no complete checkpoint"),
+    ):
+        assert words in error_line(run_script("train_grpo.py", "--demo", "--cpu", *flags, expect=2))
+
+
+# ---------------------------------------------------------------------------------------------- bad model folders
+def edit(file: Path, **entries: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
+def other_tokenizer(folder: Path) -> None:
+    """A tokenizer with more tokens than the model has rows."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<{i}>" for i in range(1000)])
+    tokenizer.save_pretrained(folder)
+
+
+def cut_weights(folder: Path) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+MODEL_FAULTS = {
+    "no file named model.safetensors": lambda m: (m / "model.safetensors").unlink(),
+    "No file named model.safetensors": lambda m: (m / "model.safetensors").rename(m / "pytorch_model.bin"),
+    "incomplete metadata": cut_weights,
+    "are missing or of another shape": lambda m: edit(m / "config.json", intermediate_size=64),
+    "no chat template": lambda m: (m / "chat_template.jinja").unlink(),
+    "not this model's: its ids go up to": other_tokenizer,
+    "not this model's: the model ends with token 77777": lambda m: edit(
+        m / "generation_config.json", eos_token_id=77777
+    ),
+    "custom code": lambda m: edit(m / "config.json", model_type="mine", auto_map={"AutoConfig": "mine.Config"}),
+    "not a valid JSON": lambda m: (m / "config.json").write_text("{"),
+}
+
+
+@pytest.mark.parametrize("words", MODEL_FAULTS)
+def test_faulty_model_folder(demo_base, tmp_path, words):
+    """Weights missing, cut, pickled or of another shape, a foreign tokenizer, remote code: refused with the folder."""
+    model = Path(shutil.copytree(demo_base / "model", tmp_path / "model"))
+    MODEL_FAULTS[words](model)
+    with pytest.raises(UserError, match=f"(?i){words}") as error:
+        evaluate.load_model(str(model))
+    assert str(model) in str(error.value)
+
+
+@pytest.mark.parametrize("pad", ["<|im_end|>", None])
+def test_padding_with_the_end_token(demo_base, tmp_path, capsys, pad):
+    """Padding that looks like an end, or none at all, is said and mended with another special token."""
+    model = Path(shutil.copytree(demo_base / "model", tmp_path / "model"))
+    edit(model / "tokenizer_config.json", pad_token=pad)
+    _, tokenizer = evaluate.load_model(str(model))
+    assert tokenizer.pad_token == "<|endoftext|>" != tokenizer.eos_token
+    assert f"pads with {pad}; here <|endoftext|> does" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------- real processes
+def test_kill_9_then_sigterm_then_the_end(demo_output, driver):
+    """kill -9 after a save, --resume, SIGTERM after a step, --resume: it ends as if nothing had happened."""
+    command, flags = [sys.executable, driver], ["--max-steps", 3]
+    first = start(demo_output, *flags, command=command)
+    wait_for(demo_output / "checkpoint-1", first)
+    first.kill()
+    first.wait()
+    second = start(demo_output, *flags, "--resume", command=command)
+    begun = len(list(demo_output.glob("checkpoint-*")))
+    wait_for(demo_output / f"checkpoint-{begun + 1}", second)
+    second.terminate()
+    code, said = second.wait(), (demo_output / "log").read_text()
+    if begun < 2:  # else it had reached the end
+        assert code == 143, said
+        assert "--max-steps 3 --resume\n" in said and "Traceback" not in said
+    third = start(demo_output, *flags, "--resume", command=command)
+    assert third.wait() == 0, (demo_output / "log").read_text()
+    results = json.loads((demo_output / "results.json").read_text())
+    assert results["finished"] and results["steps"] == 3
+    assert [checkpoints.find_fault(path) for path in sorted(demo_output.glob("checkpoint-*"))] == [None] * 3
+    steps = [json.loads(line)["step"] for line in (demo_output / "samples.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+def test_two_processes_train_like_one(demo_output, driver, tmp_path):
+    """torchrun with two processes: the same steps, completions, rewards, advantages and, but for rounding, weights."""
+    one = Path(shutil.copytree(demo_output, tmp_path / "one"))
+    run = start(demo_output, "--max-steps", 2, "--fixed", command=[*TORCHRUN, driver])
+    assert run.wait(300) == 0, (demo_output / "log").read_text()
+    alone = start(one, "--max-steps", 2, "--fixed", command=[sys.executable, driver])
+    assert alone.wait(300) == 0, (one / "log").read_text()
+    said = (demo_output / "log").read_text()
+    assert "device     2 x CPU" in said and said.count("step 2/2") == 1 and said.count("before  ") == 1
+    for step in (1, 2):
+        theirs, its = (
+            json.loads((folder / f"checkpoint-{step}" / "logs.json").read_text()) for folder in (demo_output, one)
+        )
+        assert len(theirs["completion"]) == 4 * train_grpo.COMPLETIONS_PER_QUESTION
+        assert [theirs[name] for name in ("prompt", "completion")] == [its[name] for name in ("prompt", "completion")]
+        assert theirs["rewards"] == its["rewards"]
+        assert theirs["advantages"] == pytest.approx(its["advantages"], abs=1e-5)
+        assert any(theirs["advantages"])
+    names = {path.name for path in (demo_output / "checkpoint-2").iterdir()}
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= names
+    ours, others = load_file(demo_output / "model.safetensors"), load_file(one / "model.safetensors")
+    base = load_file(one / "base" / "model" / "model.safetensors")
+    moved = max((others[name] - base[name]).abs().max().item() for name in base)
+    for name, weight in others.items():  # Adam's first steps turn the sign of a rounding error into a whole step
+        assert (ours[name] - weight).abs().mean() < moved / 100, name
+    assert torch.isfinite(torch.tensor(moved)) and moved > 0
+
+
+def test_one_of_two_processes_dies(demo_output, driver):
+    """kill -9 of one process ends the other with a message, no hang; a user's error ends both with one line."""
+    run = start(demo_output, "--max-steps", 50, command=[*TORCHRUN, driver])
+    wait_for(demo_output / "checkpoint-1", run)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert run.wait(60) != 0
+    assert "SIGKILL" in (demo_output / "log").read_text()
+    begun = time.monotonic()
+    again = start(demo_output, "--max-steps", 50, command=[*TORCHRUN, driver])  # holds a run already
+    assert again.wait(60) != 0 and time.monotonic() - begun < 60
+    said = (demo_output / "log").read_text()
+    assert said.count("error: ") == 1 and "already holds a run" in said

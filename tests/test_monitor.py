@@ -1,0 +1,179 @@
+"""The alarms on made and recorded histories, what a run leaves to look at, and what a resumed run does to it."""
+
+import json
+import math
+import re
+import struct
+from types import SimpleNamespace
+
+import pytest
+from conftest import run_script
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugin_util import markdown_to_safe_html
+from torch.utils.tensorboard import SummaryWriter
+
+import monitor
+from monitor import ALARMS, REPEAT, WINDOW, Monitor, draw_curves, not_finite, preformatted, read_history, side_by_side
+from prompts import UserError
+
+SAMPLE_KEYS = ["step", "question", "label", "completion", "extracted", "rewards", "advantage"]
+
+
+def made(**curves: list[float]) -> list[dict]:
+    """A history whose tags have these values, `__` standing for the slash."""
+    tags = {name.replace("__", "/"): values for name, values in curves.items()}
+    return [{"step": i + 1, **dict(zip(tags, row, strict=True))} for i, row in enumerate(zip(*tags.values()))]  # noqa: B905
+
+
+def over(*values: float) -> list[float]:
+    """Each value for one WINDOW of steps."""
+    return [value for value in values for _ in range(WINDOW)]
+
+
+# name -> a history that has to raise it, and one like it that must not
+DRIVEN = {
+    "format_without_correctness": (
+        made(correctness__correct=over(0.2, 0.3, 0.02), format__all=over(0.4, 0.6, 1.0)),
+        made(correctness__correct=over(0.1, 0.2, 0.3), format__all=over(0.4, 0.6, 1.0)),
+    ),
+    "too_many_cut_off": (made(length__cut_off=over(0.1, 0.25)), made(length__cut_off=over(0.5, 0.15))),
+    "too_many_flat_groups": (
+        made(reward__flat_groups=over(0.2, 0.9), correctness__correct=over(0.3, 0.01)),
+        made(reward__flat_groups=over(0.2, 0.7), correctness__correct=over(0.3, 0.6)),
+    ),
+    "thinking_shrinks": (made(length__thinking=over(200, 90)), made(length__thinking=over(200, 110))),
+    "entropy_collapsed": (made(training__entropy=over(0.5, 0.04)), made(training__entropy=over(0.5, 0.1))),
+}
+
+
+@pytest.mark.parametrize("check", ALARMS, ids=lambda check: check.__name__)
+def test_alarm(check):
+    bad, good = DRIVEN[check.__name__]
+    assert "\n" not in check(bad)
+    assert check(good) is None
+    assert check(bad[: WINDOW - 1]) is None and check([]) is None  # too early to tell
+
+
+def test_flat_groups_of_right_answers_are_another_matter():
+    [hard, easy] = [made(reward__flat_groups=over(0.9), correctness__correct=over(share)) for share in (0.01, 0.99)]
+    assert "easier questions" in monitor.too_many_flat_groups(hard)
+    assert "harder ones" in monitor.too_many_flat_groups(easy)
+
+
+def test_an_alarm_that_holds_is_raised_again_only_now_and_then(capsys):
+    watch = Monitor.__new__(Monitor)
+    watch.raised, watch.history = {}, DRIVEN["too_many_cut_off"][0]
+    texts = []
+    watch.board = SimpleNamespace(add_text=lambda tag, text, step: texts.append((tag, step)))
+    for step in range(50, 50 + REPEAT + 5):
+        watch.raise_alarms(step)
+    assert texts == [("alarm/too_many_cut_off", 50), ("alarm/too_many_cut_off", 50 + REPEAT)]
+    assert capsys.readouterr().out.count("ALARM") == 2
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm", "rewards/correctness_reward/mean"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, None])  # TRL turns a mean of nothing but NaN into None
+def test_not_finite(name, value):
+    logs = {"loss": 0.0, "grad_norm": 0.3, "rewards/correctness_reward/mean": 1.0, "rewards/mark_reward/std": math.nan}
+    assert not_finite(logs) is None
+    assert name in not_finite(logs | {name: value})
+
+
+def test_a_step_that_is_not_finite_ends_the_run_unsaved(demo_output):
+    script = """
+import train_grpo
+
+def mark_reward(completions, **kwargs):
+    mark_reward.calls += 1
+    return [float("nan") if mark_reward.calls == 2 else 0.5] * len(completions)
+
+mark_reward.calls = 0
+train_grpo.REWARDS[0], train_grpo.SAVE_EVERY = mark_reward, 1
+train_grpo.run(train_grpo.main)
+"""
+    done = run_script("-c", script, "--demo", "--output", demo_output, "--max-steps", "3", expect=2)
+    assert done.stderr.strip().splitlines()[-1].startswith("error: step 2: rewards/mark_reward/mean not finite")
+    assert [path.name for path in demo_output.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert (demo_output / "curves.png").exists() and not (demo_output / "model.safetensors").exists()
+
+
+def test_tags_and_markup_show_in_tensorboard():
+    text = "<think>\n5*60=300，*5* _x_ `y`\n\n# 标题\n</think>\n<answer>300</answer></pre></td></table>"
+    assert "&lt;think&gt;\n5*60=300，*5* _x_ `y`\n\n# 标题\n&lt;/think&gt;" in markdown_to_safe_html(preformatted(text))
+    sample = dict(zip(SAMPLE_KEYS, [7, "5分钟<多少秒", 300, text, "300", {"digit_reward": 0.5}, 1.5], strict=True))
+    shown = markdown_to_safe_html(side_by_side(sample, sample | {"advantage": -0.5}))
+    assert shown.count("<td>") == 2 and shown.count("&lt;think&gt;") == 2 and shown.count("&lt;/table&gt;") == 2
+    assert "5分钟&lt;多少秒\nlabel 300" in shown and "advantage -0.50\ndigit_reward 0.5" in shown
+
+
+def test_resuming_drops_samples_that_will_be_made_again(tmp_path):
+    file = tmp_path / "samples.jsonl"
+    monitor.keep_samples_until(5, file)  # none yet
+    lines = [json.dumps({"step": step, "completion": "\u2028"}, ensure_ascii=False) + "\n" for step in (1, 5, 6)]
+    file.write_text("".join(lines) + '{"step": 2, "quest', encoding="utf-8")  # killed while writing
+    monitor.keep_samples_until(5, file)
+    assert file.read_text(encoding="utf-8") == "".join(lines[:2])
+
+
+def test_resuming_replaces_the_curves_of_lost_steps(tmp_path):
+    for began, last, value in ((0, 6, 1.0), (4, 5, 2.0)):  # logged to step 6, resumed at 4, logged to step 5
+        with SummaryWriter(tmp_path / "runs", filename_suffix=f".{began}", purge_step=began + 1) as board:
+            for step in range(began + 1, last + 1):
+                board.add_scalar("reward/total", value, step)
+    assert [(row["step"], row["reward/total"]) for row in read_history(tmp_path)] == [
+        (1, 1.0),
+        (2, 1.0),
+        (3, 1.0),
+        (4, 1.0),
+        (5, 2.0),
+    ]
+
+
+def png_size(path) -> tuple[int, int]:
+    head = path.read_bytes()[:24]
+    assert head.startswith(b"\x89PNG")
+    return struct.unpack(">II", head[16:24])
+
+
+def test_curves_of_one_run_and_of_several(tmp_path):
+    history = made(correctness__correct=over(0.1, 0.5), length__mean=over(20, 40))  # no look at held-out questions yet
+    for runs in ({"a": history}, {"a": history, "b": history[:3]}):
+        draw_curves(runs, tmp_path / "curves.png")
+        assert png_size(tmp_path / "curves.png") == (1000, 600)
+        (tmp_path / "curves.png").unlink()
+
+
+def test_what_a_run_leaves_to_look_at(demo_output):
+    done = run_script("train_grpo.py", "--demo", "--output", demo_output, "--max-steps", "3")
+    assert "ALARM" not in done.stdout
+    assert done.stdout.count("held-out   strict") == 2  # before the first step and after the last
+
+    events = EventAccumulator(str(demo_output / "runs")).Reload().Tags()
+    groups = {tag.partition("/")[0] for tag in events["scalars"]}
+    assert groups == {"reward", "correctness", "format", "length", "training", "speed", "heldout"}
+    shown = {tag.removesuffix("/text_summary") for tag in events["tensors"]}
+    assert shown == {"recipe", "samples/group_1", "samples/group_2"}
+    history = read_history(demo_output)
+    assert [row["step"] for row in history] == [0, 1, 2, 3]
+    assert [row["step"] for row in history if "heldout/strict" in row] == [0, 3]
+    assert all(row["heldout/strict_low"] <= row["heldout/strict"] <= row["heldout/strict_high"] for row in history[::3])
+    assert all(0 <= row["reward/flat_groups"] <= 1 and row["length/thinking"] > 0 for row in history[1:])
+
+    samples = [json.loads(line) for line in open(demo_output / "samples.jsonl", encoding="utf-8")]
+    assert [list(sample) for sample in samples] == [SAMPLE_KEYS] * 4  # best and worst of two groups, at step 1
+    for best, worst in (samples[:2], samples[2:]):
+        assert best["question"] == worst["question"] and best["advantage"] >= worst["advantage"]
+        assert len(best["rewards"]) == 5 and isinstance(best["label"], int)
+
+    results = json.loads((demo_output / "results.json").read_text(encoding="utf-8"))
+    assert results["best"] == {"step": 3, "strict": pytest.approx(history[-1]["heldout/strict"])}
+    assert (demo_output / "checkpoint-3").is_dir()
+
+    (demo_output / "curves.png").unlink()
+    assert run_script("monitor.py", demo_output).stdout.strip() == str(demo_output / "curves.png")
+    assert png_size(demo_output / "curves.png") == (1000, 600)
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match=re.escape(str(tmp_path))):
+        read_history(tmp_path)

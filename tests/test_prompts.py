@@ -1,0 +1,133 @@
+"""Rows of a data set: what is taken, what is dropped and said, what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from prompts import ANSWER_COLUMN, QUESTION_COLUMN, UserError, load_questions, to_conversation
+
+GOOD = [("3加4等于几？", 7), ("1分钟是多少秒？", 60)]
+
+
+def write_split(folder: Path, split: str, rows: list[tuple], columns=(QUESTION_COLUMN, ANSWER_COLUMN)) -> None:
+    """A split as JSON lines, the layout in which every fault can be written down."""
+    folder.mkdir(exist_ok=True)
+    lines = [json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) + "\n" for row in rows]
+    (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def load(folder: Path, rows: list[tuple], **kwargs) -> list[tuple]:
+    """What load_questions makes of these rows, as (question, label)."""
+    for split in ("train", "test"):
+        write_split(folder, split, rows, **kwargs)
+    questions = load_questions(str(folder), "train")
+    assert all(prompt == to_conversation(prompt[-1]["content"]) for prompt in questions["prompt"])
+    return [
+        (prompt[-1]["content"], label) for prompt, label in zip(questions["prompt"], questions["answer"], strict=True)
+    ]
+
+
+def test_good_rows(tmp_path, capsys):
+    """Good rows come through as they are, in their order, and nothing is said about them."""
+    assert load(tmp_path, GOOD) == GOOD
+    assert "note" not in capsys.readouterr().out
+
+
+def test_integral_floats_are_integers(tmp_path):
+    """One empty or NaN label makes readers turn a whole column into floats: 60.0 is the label 60."""
+    assert load(tmp_path, [("甲？", 60.0), ("乙？", -7.0)]) == [("甲？", 60), ("乙？", -7)]
+
+
+@pytest.mark.parametrize(
+    ("row", "shown"),
+    [
+        (("", 3), "''"),
+        ((" \n", 3), "not a question"),
+        ((None, 3), "None"),
+        (("丙？", None), "None"),
+        (("丙？", float("nan")), "nan"),
+        (("丙？", float("inf")), "inf"),
+        (("丙？", 1.5), "1.5"),
+        (("丙？", 10**15), "1000000000000000"),
+        (("丙？", -(10**18)), "-1000000000000000000"),
+        (("丙？", 10**30), "1e+30"),
+    ],
+)
+def test_faulty_row(tmp_path, row, shown):
+    """A faulty row is named by data set, split, number and value, wherever it stands."""
+    with pytest.raises(UserError) as error:
+        load(tmp_path, [*GOOD, row])
+    for part in (str(tmp_path), "'train'", "row 2", shown):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("label", ["72", True, [72]])
+def test_label_of_another_type(tmp_path, label):
+    """A text, a truth value or a list is no label, even where it could be read as one."""
+    with pytest.raises(UserError, match=f"row 0: {ANSWER_COLUMN} is .*not an integer"):
+        load(tmp_path, [("丙？", label)])
+
+
+def test_repeated_rows_are_dropped_and_said(tmp_path, capsys):
+    """The same question with the same label counts once."""
+    assert load(tmp_path, [*GOOD, GOOD[0]]) == GOOD
+    assert "1 rows dropped that repeat a question" in capsys.readouterr().out
+
+
+def test_contradicting_labels_are_dropped_and_said(tmp_path, capsys):
+    """Where one question has two labels nobody knows the right one: none of its rows is trained on."""
+    assert load(tmp_path, [*GOOD, (GOOD[0][0], 8)]) == GOOD[1:]
+    said = capsys.readouterr().out
+    assert "1 questions with two different labels dropped" in said and GOOD[0][0] in said
+    with pytest.raises(UserError, match="no usable row"):
+        load(tmp_path, [GOOD[0], (GOOD[0][0], 8)])
+
+
+def test_missing_column(tmp_path):
+    """The line names the missing column, the ones that are there, and the constant to edit."""
+    with pytest.raises(UserError, match=f"no column '{QUESTION_COLUMN}' .*has: question, {ANSWER_COLUMN}.*prompts.py"):
+        load(tmp_path, GOOD, columns=("question", ANSWER_COLUMN))
+
+
+def test_missing_split(tmp_path):
+    """The line names the missing split and the ones that are there."""
+    write_split(tmp_path, "train", GOOD)
+    with pytest.raises(UserError, match="no split 'test' .*has: train"):
+        load_questions(str(tmp_path), "test")
+
+
+def test_empty_split(tmp_path, monkeypatch):
+    """A split without rows is said by the reader or, where that lets it through, by us."""
+    from datasets import Dataset
+
+    (tmp_path / "train.csv").write_text(f"{QUESTION_COLUMN},{ANSWER_COLUMN}\n")
+    with pytest.raises(UserError, match='"train" corresponds to no data'):
+        load_questions(str(tmp_path), "train")
+    nothing = Dataset.from_dict({QUESTION_COLUMN: [], ANSWER_COLUMN: []})
+    monkeypatch.setattr("prompts.read_split", lambda dataset, split: nothing)
+    with pytest.raises(UserError, match="split 'train' is empty"):
+        load_questions(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("content", [None, "", "no json"])
+def test_unreadable_data_set(tmp_path, content):
+    """No folder, an empty file, garbage: one line that names the place, the way out and the mirror."""
+    folder = tmp_path / "data"
+    if content is not None:
+        folder.mkdir()
+        (folder / "train.jsonl").write_text(content)
+    with pytest.raises(UserError) as error:
+        load_questions(str(folder), "train")
+    for part in (str(folder), "--dataset", "HF_ENDPOINT"):
+        assert part in str(error.value)
+
+
+def test_scripts_are_not_run(tmp_path):
+    """A data set that is a Python script is refused, not executed."""
+    script = tmp_path / "data" / "data.py"
+    script.parent.mkdir()
+    script.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(UserError):
+        load_questions(str(script.parent), "train")
+    assert not (tmp_path / "ran").exists()
