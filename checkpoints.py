@@ -491,14 +491,17 @@ class StopSignals(TrainerCallback):
                 True  # all that is saved is logged
             )
 
-    def leave(self, output: Path) -> None:
-        """End the program as the signal wanted, having said how to go on."""
+    def leave(self, output: Path, results: dict) -> None:
+        """End the program as the signal wanted, having kept the results so far and said how to go on."""
         if os.environ.get("RANK", "0") == "0":
+            write_json(output / "results.json", results | {"finished": False})
             words = [word for word in sys.argv if word not in ("--resume", "--force-recipe")]
             launcher = "python" if os.environ.get("WORLD_SIZE", "1") == "1" else "(the same launcher)"
-            newest = ([path.name for path in _checkpoints(output)] or ["no checkpoint"])[-1]
-            print(f"stopped by {signal.Signals(self.signal).name} with {newest} in {output}; continue with")
-            print(f"    {launcher} {shlex.join(words)} --resume", flush=True)
+            saved = _checkpoints(output)
+            how = (
+                f"continue {saved[-1].name} with\n    {launcher} {shlex.join(words)} --resume" if saved else "not saved"
+            )
+            print(f"stopped by {signal.Signals(self.signal).name}; {how}", flush=True)
         sys.exit(128 + self.signal)
 
 

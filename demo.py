@@ -193,7 +193,7 @@ def save_data(splits: dict[str, list[Problem]], folder: Path) -> None:
 
 
 def teach_base(traces: list[Problem], steps: int, folder: Path) -> None:
-    """Train a tokenizer and a model to imitate the traces. On the CPU everywhere: there is one base."""
+    """Train a tokenizer and a model to imitate the traces. On one CPU thread everywhere, so that there is one base."""
     import torch
     import transformers
     from datasets import Dataset
@@ -242,7 +242,10 @@ def teach_base(traces: list[Problem], steps: int, folder: Path) -> None:
     data = Dataset.from_list(rows)
     trainer = SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer, callbacks=[Progress()])
     trainer.remove_callback(transformers.PrinterCallback)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # no slower for so small a model, and several times faster on a busy machine
     trainer.train()
+    torch.set_num_threads(threads)
     model.config.use_cache = True  # the trainer switched it off
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -442,7 +442,7 @@ class Monitor(TrainerCallback):
             "device": device_name(self.trainer.accelerator.device),
             "best": {"step": state.best_global_step, "strict": state.best_metric},
             "train_seconds": round(steps[-1]["speed/train_seconds"], 1) if steps else 0.0,
-            "generated_tokens_per_second": round(self.rollout.tokens / max(self.rollout.seconds, 1e-9)),
+            "generated_tokens_per_second": round(self.rollout.tokens / max(self.rollout.seconds, 1e-9)),  # vLLM's: 0
             "step_seconds": round(median(row["speed/step_seconds"] for row in steps), 3) if steps else None,
             "peak_memory_gb": round(peak_memory_gb(), 2),
         }

@@ -14,6 +14,7 @@ autocast, casts every weight again for every token. Here instead
 """
 
 import copy
+import functools
 import os
 import time
 from collections.abc import Iterator
@@ -362,10 +363,14 @@ def make_sampler(
 class Rollout:
     """What GRPOTrainer calls for completions: `GRPOTrainer(rollout_func=Rollout())`.
 
+    Args:
+        fast: use the loop above where it covers the run; False leaves everything to `model.generate`.
+
     `tokens` and `seconds` add up what this process has generated and how long it took.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, fast: bool = True) -> None:
+        self.fast = fast
         self.tokens, self.seconds = 0, 0.0
         self._sampler: Sampler | PlainSampler | None = None
 
@@ -374,7 +379,8 @@ class Rollout:
         if self._sampler is None:
             args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
             autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-            self._sampler = make_sampler(model, trainer.processing_class, autocast, args)
+            make = functools.partial(make_sampler, args=args) if self.fast else PlainSampler
+            self._sampler = make(model, trainer.processing_class, autocast)
         return self._sampler
 
     def __call__(self, prompts: list, trainer: GRPOTrainer) -> dict[str, list | None]:

@@ -8,6 +8,7 @@ The R1 recipe (arXiv 2501.12948, GRPO: arXiv 2402.03300) as one flat file: edit 
 """
 
 import argparse
+import importlib.util
 import os
 import warnings
 from pathlib import Path
@@ -55,6 +56,8 @@ TEMPERATURE = 1.0  # 1 is on-policy: what is sampled is what is trained
 TOP_P = 1.0  # set here, since the model's own generation_config.json would narrow sampling
 TOP_K = 0
 REPETITION_PENALTY = 1.0
+FAST_ROLLOUT = True  # the decode loop of rollout.py; False: TRL's own generation, several times slower
+USE_VLLM = False  # vLLM instead, on the same GPU: pip install vllm==0.30.0
 
 # LoRA
 USE_LORA = False  # True trains an adapter only: no optimizer state for the whole model
@@ -84,7 +87,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-steps", type=int, help="stop after so many optimizer steps")
     parser.add_argument("--seed", type=int, help=f"another seed (default: {SEED})")
     parser.add_argument("--resume", action="store_true", help="continue the newest complete checkpoint in the output")
-    parser.add_argument("--force-recipe", action="store_true", help="resume although the recipe has changed")
+    parser.add_argument("--force-recipe", action="store_true", help="with --resume: although the recipe has changed")
     parser.add_argument("--demo", action="store_true", help="a tiny model on made problems: minutes, any machine")
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU (slow, but for the demo)")
     return parser.parse_args(argv)
@@ -137,6 +140,8 @@ def main(argv: list[str] | None = None) -> None:
     import checkpoints
 
     checkpoints.check_constants(recipe)
+    if recipe.USE_VLLM and importlib.util.find_spec("vllm") is None:
+        raise UserError("USE_VLLM = True needs vLLM: pip install vllm==0.30.0, or set it to False")
     accumulation = accumulation_steps(recipe, processes)
 
     def prepare() -> tuple[Path | None, str, str]:
@@ -205,6 +210,8 @@ def main(argv: list[str] | None = None) -> None:
         beta=recipe.BETA,
         loss_type=recipe.LOSS_TYPE,
         scale_rewards=recipe.SCALE_REWARDS,
+        use_vllm=recipe.USE_VLLM,
+        vllm_mode="colocate",
         reward_weights=REWARD_WEIGHTS,
         save_steps=recipe.SAVE_EVERY,
         save_total_limit=recipe.SAVE_LIMIT,
@@ -214,7 +221,8 @@ def main(argv: list[str] | None = None) -> None:
         report_to="none",  # the monitor writes TensorBoard's curves
         disable_tqdm=True,  # and the console's lines
     )
-    rollout, monitor = Rollout(), Monitor(recipe, test)
+    config._n_gpu = min(config.n_gpu, 1)  # without a launcher: one GPU, not DataParallel, which TRL refuses
+    rollout, monitor = Rollout(recipe.FAST_ROLLOUT), Monitor(recipe, test)
     trainer = checkpoints.CarefulTrainer(
         model=model,
         reward_funcs=REWARDS,
@@ -223,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=tokenizer,
         callbacks=[monitor],
         peft_config=lora if recipe.USE_LORA else None,
-        rollout_func=rollout,
+        rollout_func=None if recipe.USE_VLLM else rollout,
     )
     trainer.remove_callback(PrinterCallback)  # it would print thirty keys a step
     monitor.watch(trainer, rollout)
@@ -252,9 +260,7 @@ def main(argv: list[str] | None = None) -> None:
     with checkpoints.memory_advice(recipe, trainer.model, processes), checkpoints.StopSignals(trainer) as stop:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     if stop.signal:
-        if main_process:
-            checkpoints.write_json(output / "results.json", results | monitor.results() | {"finished": False})
-        stop.leave(output)
+        stop.leave(output, results | monitor.results())
 
     # ---- save, after
     checkpoints.save_trained(trainer, output)

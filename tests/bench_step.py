@@ -18,6 +18,7 @@ import platform
 import random
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -150,7 +151,7 @@ def run(
     prompts = draw_prompts(256, *prompt_tokens)
     rows = [{"prompt": [{"role": "user", "content": " ".join(f"w{i}" for i in ids)}]} for ids in prompts]
     config = GRPOConfig(
-        "output/bench",
+        tempfile.gettempdir(),  # nothing is written
         use_cpu=not CUDA,
         bf16=bf16,
         per_device_train_batch_size=min(micro, completions),

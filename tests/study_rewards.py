@@ -90,34 +90,32 @@ def train(variant: str, seed: int, steps: int | None, folder: Path) -> None:
 def figures(folder: Path) -> dict[str, float]:
     """What the table shows of one run."""
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    probe = extract_answer(results["probe"]["after"])
+    looks = [row["heldout/strict"] for row in monitor.read_history(folder) if "heldout/strict" in row]
     return {
-        "strict": 100 * results["after"]["strict"],
-        "format": 100 * results["after"]["format"],
+        "strict %": 100 * results["after"]["strict"],
+        "strict % on the way": 100 * fmean(looks),  # the sooner it learns, the higher
+        "format %": 100 * results["after"]["format"],
         "tokens": results["after"]["mean_tokens"],
-        "probe": 100.0 * (probe is not None and parse_number(probe) == 300),  # 5分钟多少秒
+        "probe %": 100 * (parse_number(extract_answer(results["probe"]["after"]) or "") == 300),  # 5分钟多少秒
     }
 
 
 def write_table(folders: dict[str, list[Path]]) -> str:
-    """A row for the base and for each variant, mean ± standard deviation over its seeds."""
-    lines = [
-        "| rewards | seeds | strict % | format % | tokens | 300 to 5分钟多少秒, % of seeds |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    base = json.loads((next(iter(folders.values()))[0] / "results.json").read_text(encoding="utf-8"))["before"]
-    lines.append(
-        f"| none: the base | | {100 * base['strict']:.1f} | {100 * base['format']:.1f} | {base['mean_tokens']:.1f} | |"
-    )
+    """A row for each variant: mean ± standard deviation over its seeds."""
+    lines = []
     for variant, runs in folders.items():
         rows = [figures(folder) for folder in runs]
-        cells = []
-        for name in ("strict", "format", "tokens"):
+        cells = [VARIANTS[variant][0], str(len(rows))]
+        for name in rows[0]:
             values = [row[name] for row in rows]
-            cells.append(f"{fmean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}")
-        probe = fmean(row["probe"] for row in rows)
-        lines.append(f"| {VARIANTS[variant][0]} | {len(rows)} | {' | '.join(cells)} | {probe:.0f} |")
-    return "\n".join(lines)
+            spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{fmean(values):.1f}{spread}")
+        lines.append(f"| {' | '.join(cells)} |")
+    before = json.loads((runs[0] / "results.json").read_text(encoding="utf-8"))["before"]
+    strict, form, tokens = 100 * before["strict"], 100 * before["format"], before["mean_tokens"]
+    base = f"| the base | | {strict:.1f} | | {form:.1f} | {tokens:.1f} | |"
+    head = f"| rewards | seeds | {' | '.join(rows[0])} |"
+    return "\n".join([head, "|" + " --- |" * (2 + len(rows[0])), base, *lines])
 
 
 def draw(left: Path, right: Path, picture: Path) -> None:

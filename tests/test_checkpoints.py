@@ -81,7 +81,9 @@ def test_interrupted_run_ends_bit_identical(train, whole_run, tmp_path, monkeypa
     assert left.value.code == 130
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     said = capsys.readouterr().out
-    assert "stopped by SIGINT with checkpoint-1" in said and "python train_grpo.py --output 'my run' --resume\n" in said
+    assert (
+        "stopped by SIGINT; continue checkpoint-1 with\n    python train_grpo.py --output 'my run' --resume\n" in said
+    )
     assert names(output) == ["checkpoint-1"] and (output / "curves.png").exists()
     stopped = json.loads((output / "results.json").read_text())
     assert stopped["steps"] == 1 and not stopped["finished"] and "after" not in stopped

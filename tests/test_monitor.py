@@ -46,12 +46,53 @@ DRIVEN = {
 }
 
 
+# A demo run as it was recorded: tag -> the unit, and a number of them for each of its 50 steps
+HEALTHY = {
+    "correctness/correct": (
+        0.01,
+        "31 39 42 43 45 52 63 64 72 75 72 80 90 89 88 89 83 88 89 88 96 89 93 91 94 95 90 93 95 90 91 97 91 "
+        "98 90 93 95 93 95 95 95 95 94 88 95 98 96 87 87 91",
+    ),
+    "format/all": (
+        0.01,
+        "96 94 97 96 96 96 96 98 97 96 95 98 98 98 97 97 97 96 98 98 99 98 98 97 98 98 98 99 100 99 99 99 97 "
+        "100 97 100 99 99 99 98 99 99 98 98 99 99 100 100 98 99",
+    ),
+    "length/cut_off": (
+        0.001,
+        "0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 8 0 0 0 8 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 8 0 0 0 0 0 0",
+    ),
+    "reward/flat_groups": (
+        0.01,
+        "0 0 0 0 0 0 0 0 12 0 6 12 31 19 25 50 19 19 31 19 50 44 38 44 56 69 56 38 69 69 56 75 25 75 38 50 56 "
+        "56 56 44 62 56 50 56 50 75 69 56 56 50",
+    ),
+    "length/thinking": (
+        0.1,
+        "143 179 178 185 190 199 226 225 248 278 266 277 275 286 296 309 299 309 299 300 306 306 303 304 310 "
+        "311 297 300 316 307 309 309 288 311 299 316 305 304 306 299 308 301 313 307 307 300 306 314 310 312",
+    ),
+    "training/entropy": (
+        0.001,
+        "70 68 67 71 72 67 64 67 58 57 55 46 37 37 37 42 40 31 31 34 28 41 36 36 31 25 29 27 21 24 21 18 35 "
+        "19 32 21 25 23 23 23 25 22 21 31 29 22 27 28 34 24",
+    ),
+}
+
+
 @pytest.mark.parametrize("check", ALARMS, ids=lambda check: check.__name__)
 def test_alarm(check):
     bad, good = DRIVEN[check.__name__]
     assert "\n" not in check(bad)
     assert check(good) is None
     assert check(bad[: WINDOW - 1]) is None and check([]) is None  # too early to tell
+
+
+def test_a_healthy_run_raises_no_alarm():
+    curves = {tag: [unit * int(number) for number in numbers.split()] for tag, (unit, numbers) in HEALTHY.items()}
+    history = made(**curves)
+    for check in ALARMS:
+        assert [check(history[:step]) for step in range(len(history) + 1)] == [None] * 51
 
 
 def test_flat_groups_of_right_answers_are_another_matter():
