@@ -30,6 +30,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import safe_globals
 from trl import GRPOTrainer
 
@@ -45,7 +46,7 @@ LEFTOVERS = [".tmp-checkpoint-*", ".tmp-old-checkpoint-*", ".tmp-model", ".tmp-*
 # Constants that may differ when a run is resumed: they say how it is computed, kept and shown, not what is trained.
 # MAX_STEPS and EPOCHS are not among them, since the learning rate falls to zero over all steps.
 FREE = {"OUTPUT_DIR", "MICRO_BATCH", "GRADIENT_CHECKPOINTING", "SAVE_EVERY", "SAVE_LIMIT", "LOG_EVERY"}
-FREE |= {"SAMPLE_EVERY", "EVAL_EVERY", "EVAL_BATCH", "versions"}
+FREE |= {"SAMPLE_EVERY", "EVAL_EVERY", "EVAL_BATCH", "FAST_ROLLOUT", "USE_VLLM", "versions"}
 
 
 def _whole(holds: Callable[[int], bool]) -> Callable[[Any], bool]:
@@ -67,7 +68,7 @@ def _each(right: Callable[[Any], bool]) -> Callable[[Any], bool]:
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo")  # those that need no other setting of TRL's
 RULES = {  # what a constant has to be -> the test, the constants
     "a text": (_text, "MODEL DATASET OUTPUT_DIR PROBE_QUESTION"),
-    "True or False": (lambda value: isinstance(value, bool), "GRADIENT_CHECKPOINTING USE_LORA"),
+    "True or False": (lambda value: isinstance(value, bool), "GRADIENT_CHECKPOINTING USE_LORA FAST_ROLLOUT USE_VLLM"),
     "a whole number, 1 or more": (
         _whole(lambda value: value >= 1),
         "QUESTIONS_PER_STEP MICRO_BATCH MAX_PROMPT_TOKENS MAX_COMPLETION_TOKENS LORA_RANK "
@@ -346,7 +347,19 @@ def save_trained(trainer: GRPOTrainer, output: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------------- while training
 class CarefulTrainer(GRPOTrainer):
-    """GRPOTrainer whose checkpoints are whole or not there, and which goes on where one cannot be saved."""
+    """GRPOTrainer whose checkpoints are whole or not there, and which goes on where one cannot be saved.
+
+    Raises:
+        UserError: weights that are sharded over the processes.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():  # the main process alone evaluates, and would hang
+            raise UserError(
+                "FSDP and DeepSpeed ZeRO-3 shard the weights, which evaluation here cannot gather; a model of this "
+                "size fits every GPU: launch without them, or with ZeRO-1 or -2"
+            )
 
     def _save_checkpoint(self, model, trial) -> None:
         # Trainer's own version has all processes meet half-way, where one whose disk is full never arrives
@@ -487,9 +500,8 @@ class StopSignals(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.signal = max(gather_object([self.signal]))
         if self.signal:
-            control.should_log = control.should_save = control.should_training_stop = (
-                True  # all that is saved is logged
-            )
+            control.should_log = True  # before the save, so that a resumed run's history has no gap
+            control.should_save = control.should_training_stop = True
 
     def leave(self, output: Path, results: dict) -> None:
         """End the program as the signal wanted, having kept the results so far and said how to go on."""

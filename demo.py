@@ -18,11 +18,13 @@ from prompts import ANSWER_COLUMN, QUESTION_COLUMN, run, to_conversation
 
 # What the constants of train_grpo.py become for so small a model
 RECIPE = {
+    "OUTPUT_DIR": "output/demo",
     "QUESTIONS_PER_STEP": 16,
     "MICRO_BATCH": 128,  # the whole step at once
     "GRADIENT_CHECKPOINTING": False,
     "LEARNING_RATE": 5e-4,
     "MAX_STEPS": 50,
+    "EVAL_EVERY": 10,
     "BETA": 0.0,  # there is nothing worth staying close to
     "MAX_COMPLETION_TOKENS": 64,  # a careful answer has about 35
 }

@@ -137,8 +137,12 @@ def main(argv: list[str] | None = None) -> None:
             "no CUDA GPU found (no driver, or a torch built without CUDA?); "
             "--demo trains a tiny model on any machine, --cpu trains this one, very slowly"
         )
+    import torch
+
     import checkpoints
 
+    if flags.demo and device.type == "cpu":
+        torch.set_num_threads(1)  # no slower for so small a model, and several times faster on a busy machine
     checkpoints.check_constants(recipe)
     if recipe.USE_VLLM and importlib.util.find_spec("vllm") is None:
         raise UserError("USE_VLLM = True needs vLLM: pip install vllm==0.30.0, or set it to False")
