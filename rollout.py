@@ -13,17 +13,22 @@ autocast, casts every weight again for every token. Here instead
 `Rollout` is what GRPOTrainer gets as `rollout_func`. What `why_not` names is left to TRL's own path.
 """
 
+from __future__ import annotations
+
 import copy
 import functools
 import os
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from peft.tuners.lora import LoraLayer
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from trl import GRPOConfig, GRPOTrainer
+
+if TYPE_CHECKING:  # chat and evaluation need not wait for it
+    from trl import GRPOConfig, GRPOTrainer
 
 CHECK_EVERY = 4  # tokens between two looks at which rows have finished; a look makes a GPU wait some microseconds
 
