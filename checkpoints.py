@@ -7,6 +7,7 @@ there: kill -9 or a power cut at any moment costs the steps since the last save,
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -95,12 +96,14 @@ RULES = {  # what a constant has to be -> the test, the constants
 
 
 def check_constants(recipe: SimpleNamespace) -> None:
-    """Raises UserError for the first constant of a wrong type or out of its range."""
+    """Raises UserError for the first constant of a wrong type or out of its range, or for a vLLM that is not there."""
     for words, (right, names) in RULES.items():
         for name in names.split():
             value = getattr(recipe, name)
             if not right(value):
                 raise UserError(f"{name} = {value!r} is not {words}; mend it in train_grpo.py, or by its flag")
+    if recipe.USE_VLLM and importlib.util.find_spec("vllm") is None:
+        raise UserError("USE_VLLM = True needs vLLM: pip install vllm==0.30.0, or set it to False")
 
 
 # -------------------------------------------------------------------------------------- the output folder, before

@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from prompts import UserError, load_questions, note, run, to_conversation
@@ -191,6 +192,19 @@ def describe(figures: dict) -> str:
         f"format {figures['format']:.1%}, {figures['mean_tokens']:.0f} tokens, {figures['truncated']:.1%} cut off, "
         f"{figures['n']} questions"
     )
+
+
+def report(
+    sampler: Sampler | PlainSampler,
+    tokenizer: PreTrainedTokenizerBase,
+    test: Dataset,
+    recipe: SimpleNamespace,
+    title: str,
+) -> tuple[dict, str]:
+    """Evaluate on all of `test` and print a line; returns the figures, and the answer to the probe."""
+    figures, _ = evaluate(sampler, tokenizer, test, recipe.MAX_COMPLETION_TOKENS, recipe.EVAL_BATCH, title)
+    print(f"{title:<11}{describe(figures)}", flush=True)
+    return figures, answer(sampler, tokenizer, recipe.PROBE_QUESTION, recipe.MAX_COMPLETION_TOKENS)
 
 
 def find_beside(model: str, name: str) -> dict | None:

@@ -34,6 +34,8 @@ class UserError(Exception):
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`; a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    for stream in (sys.stdout, sys.stderr):  # a completion may hold what this console cannot show
+        stream.reconfigure(errors="replace")
     try:
         main()
     except UserError as error:
@@ -125,3 +127,18 @@ def is_label(answer: object) -> bool:
     if isinstance(answer, bool) or not isinstance(answer, int | float):
         return False
     return abs(answer) < LARGEST_ANSWER and answer == int(answer)
+
+
+def drop_long(questions: Dataset, lengths: list[int], limit: int, at_least: int) -> Dataset:
+    """The questions whose prompts have at most `limit` tokens (MAX_PROMPT_TOKENS), given the tokens of each.
+
+    Raises:
+        UserError: fewer than `at_least` (QUESTIONS_PER_STEP) are left, too few for a single step.
+    """
+    kept = questions.select([i for i, length in enumerate(lengths) if length <= limit])
+    if len(kept) < at_least:
+        raise UserError(
+            f"{len(kept)} of {len(questions)} training questions have at most MAX_PROMPT_TOKENS {limit} tokens, fewer "
+            f"than QUESTIONS_PER_STEP {at_least}; change one of these constants, or pass a larger --dataset"
+        )
+    return kept

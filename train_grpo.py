@@ -8,13 +8,12 @@ The R1 recipe (arXiv 2501.12948, GRPO: arXiv 2402.03300) as one flat file: edit 
 """
 
 import argparse
-import importlib.util
 import os
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
-from prompts import UserError, load_questions, run
+from prompts import UserError, drop_long, load_questions, run
 from rewards import REWARD_WEIGHTS, REWARDS
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # before any of these libraries is imported
@@ -129,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     main_process = os.environ.get("RANK", "0") == "0"
 
     # ---- what can be refused is refused before anything is loaded or written
-    from evaluate import answer, describe, encode, evaluate, load_model, pick_device
+    from evaluate import encode, load_model, pick_device, report
 
     device, autocast = pick_device(flags.cpu)
     if device.type == "cpu" and not (flags.demo or flags.cpu):
@@ -144,8 +143,6 @@ def main(argv: list[str] | None = None) -> None:
     if flags.demo and device.type == "cpu":
         torch.set_num_threads(1)  # no slower for so small a model, and several times faster on a busy machine
     checkpoints.check_constants(recipe)
-    if recipe.USE_VLLM and importlib.util.find_spec("vllm") is None:
-        raise UserError("USE_VLLM = True needs vLLM: pip install vllm==0.30.0, or set it to False")
     accumulation = accumulation_steps(recipe, processes)
 
     def prepare() -> tuple[Path | None, str, str]:
@@ -166,12 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     train, test = load_questions(recipe.DATASET, "train"), load_questions(recipe.DATASET, "test")
     model, tokenizer = load_model(recipe.MODEL)
     lengths = [len(ids) for ids in encode(tokenizer, list(train["prompt"]))]
-    fitting = train.select([i for i, length in enumerate(lengths) if length <= recipe.MAX_PROMPT_TOKENS])
-    if len(fitting) < recipe.QUESTIONS_PER_STEP:
-        raise UserError(
-            f"{recipe.DATASET!r} has {len(fitting)} training questions of at most MAX_PROMPT_TOKENS "
-            f"{recipe.MAX_PROMPT_TOKENS} tokens, fewer than QUESTIONS_PER_STEP {recipe.QUESTIONS_PER_STEP}; change one"
-        )
+    fitting = drop_long(train, lengths, recipe.MAX_PROMPT_TOKENS, recipe.QUESTIONS_PER_STEP)
 
     # ---- trainer
     from peft import LoraConfig
@@ -242,14 +234,8 @@ def main(argv: list[str] | None = None) -> None:
     checkpoints.check_disk(output, trainer.model, recipe.SAVE_LIMIT)
 
     # ---- before
-    @checkpoints.memory_advice(recipe, trainer.model, processes)
-    def measure(title: str) -> tuple[dict, str]:
-        """Accuracy on the whole test split, and the answer to the probe."""
-        sampler = rollout.sampler(trainer)
-        figures, _ = evaluate(sampler, tokenizer, test, recipe.MAX_COMPLETION_TOKENS, recipe.EVAL_BATCH, title)
-        print(f"{title:<11}{describe(figures)}", flush=True)
-        return figures, answer(sampler, tokenizer, recipe.PROBE_QUESTION, recipe.MAX_COMPLETION_TOKENS)
-
+    memory_advice = checkpoints.memory_advice(recipe, trainer.model, processes)
+    measure = memory_advice(lambda title: report(rollout.sampler(trainer), tokenizer, test, recipe, title))
     results = checkpoints.read_results(output) if flags.resume else {}
     if main_process:
         monitor.print_header(recipe, device, autocast, processes, len(fitting), len(train) - len(fitting), len(test))
@@ -261,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
             results["probe"] = {"question": recipe.PROBE_QUESTION, "before": text}
         checkpoints.write_json(output / "results.json", results | {"finished": False})
 
-    with checkpoints.memory_advice(recipe, trainer.model, processes), checkpoints.StopSignals(trainer) as stop:
+    with memory_advice, checkpoints.StopSignals(trainer) as stop:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     if stop.signal:
         stop.leave(output, results | monitor.results())

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import evaluate
 import train_grpo
-from prompts import ANSWER_COLUMN, QUESTION_COLUMN, UserError
+from prompts import ANSWER_COLUMN, QUESTION_COLUMN, UserError, drop_long
 
 SHARED = ROOT.parent / "shared" / "data"
 RESULT_KEYS = set(
@@ -140,6 +140,23 @@ def test_batch_arithmetic():
     assert [train_grpo.accumulation_steps(recipe, n) for n in (1, 2, 8, 32)] == [32, 16, 4, 1]
     with pytest.raises(UserError, match="256 completions .* MICRO_BATCH 8 on 3 process"):
         train_grpo.accumulation_steps(recipe, 3)
+
+
+def test_long_prompts_are_dropped():
+    """Questions longer than the limit go, the rest keeps its order; too few left is an error that names the numbers."""
+    from datasets import Dataset
+
+    questions = Dataset.from_dict({"answer": [0, 1, 2, 3]})
+    assert drop_long(questions, [5, 257, 256, 9], 256, 3)["answer"] == [0, 2, 3]
+    with pytest.raises(UserError, match="3 of 4 .* MAX_PROMPT_TOKENS 256 .* QUESTIONS_PER_STEP 4"):
+        drop_long(questions, [5, 257, 256, 9], 256, 4)
+
+
+def test_vllm_is_an_option(tmp_path):
+    """Switched on where it is not installed, it is one line that names the version that fits."""
+    command = with_constants(USE_VLLM=True)
+    line = error_line(run_script(*command, "--demo", "--cpu", "--output", tmp_path / "run", expect=2))
+    assert "pip install vllm==0.30.0" in line and not (tmp_path / "run").exists()
 
 
 def test_flags_override_constants():
