@@ -10,6 +10,7 @@ The R1 recipe (arXiv 2501.12948, GRPO: arXiv 2402.03300) as one flat file: edit 
 import argparse
 import os
 import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -234,8 +235,8 @@ def main(argv: list[str] | None = None) -> None:
     checkpoints.check_disk(output, trainer.model, recipe.SAVE_LIMIT)
 
     # ---- before
-    memory_advice = checkpoints.memory_advice(recipe, trainer.model, processes)
-    measure = memory_advice(lambda title: report(rollout.sampler(trainer), tokenizer, test, recipe, title))
+    memory_advice = partial(checkpoints.memory_advice, recipe, trainer.model, processes)
+    measure = memory_advice()(lambda title: report(rollout.sampler(trainer), tokenizer, test, recipe, title))
     results = checkpoints.read_results(output) if flags.resume else {}
     if main_process:
         monitor.print_header(recipe, device, autocast, processes, len(fitting), len(train) - len(fitting), len(test))
@@ -247,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
             results["probe"] = {"question": recipe.PROBE_QUESTION, "before": text}
         checkpoints.write_json(output / "results.json", results | {"finished": False})
 
-    with memory_advice, checkpoints.StopSignals(trainer) as stop:
+    with memory_advice(), checkpoints.StopSignals(trainer) as stop:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     if stop.signal:
         stop.leave(output, results | monitor.results())
