@@ -24,7 +24,7 @@ RECIPE = {
     "GRADIENT_CHECKPOINTING": False,
     "LEARNING_RATE": 5e-4,
     "MAX_STEPS": 50,
-    "EVAL_EVERY": 10,
+    "EVAL_EVERY": 5,
     "BETA": 0.0,  # there is nothing worth staying close to
     "MAX_COMPLETION_TOKENS": 64,  # a careful answer has about 35
 }
