@@ -37,14 +37,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+import demo
 from rollout import PlainSampler, Rollout, Sampler
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 LOW = torch.bfloat16 if CUDA else None  # the precision of evaluation
-DEMO = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
 TRUE = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
-SHAPE = (TRUE | {"vocab_size": 151936} if CUDA else DEMO | {"vocab_size": 800}) | {"num_key_value_heads": 2}
+TRUE |= {"vocab_size": 151936, "num_key_value_heads": 2}
+SHAPE = TRUE if CUDA else demo.SHAPE | {"vocab_size": demo.VOCABULARY}
 
 # The reference step
 COMPLETIONS, GROUP, LENGTH = (64, 16, 200) if CUDA else (128, 8, 48)
@@ -101,7 +102,7 @@ def draw_prompts(n: int, shortest: int, longest: int) -> list[list[int]]:
 
 def check() -> None:
     """Greedy equals `model.generate` in float32 on mixed lengths, also after longer prompts; a seed repeats itself."""
-    shape = DEMO | {"vocab_size": 800, "num_key_value_heads": 2}
+    shape = demo.SHAPE | {"vocab_size": demo.VOCABULARY}
     model = make_model(shape, spread=0.2).eval()  # wide weights: no two logits so close that rounding decides
     plain, ours = PlainSampler(model, make_tokenizer()), Sampler(model, make_tokenizer())
     for prompts in (draw_prompts(9, 1, 30), draw_prompts(5, 20, 60), draw_prompts(12, 1, 10) * 2):
