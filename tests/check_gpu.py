@@ -40,19 +40,20 @@ QUESTION = "一列火车每小时行驶{a}公里，先行驶了{b}小时，休�
 
 def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else train_grpo.MODEL)
-    folder = Path(tempfile.mkdtemp(prefix="check_gpu_"))
     rows = []
     for i in range(400):
         a, b, c, d = 10 + i, 1 + i % 7, 2 + i % 5, 20 + i % 9
         rows.append({QUESTION_COLUMN: QUESTION.format(a=a, b=b, c=c, d=d), ANSWER_COLUMN: a * (b + c)})
-    DatasetDict(train=Dataset.from_list(rows[:384]), test=Dataset.from_list(rows[384:])).save_to_disk(folder / "data")
-    Qwen2ForCausalLM(Qwen2Config(**SHAPE)).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    flags = ["--model", folder / "model", "--dataset", folder / "data", "--output", folder / "run"]
-    flags += ["--max-steps", STEPS, *sys.argv[2:]]
-    script = Path(train_grpo.__file__)
-    subprocess.run([sys.executable, script, *map(str, flags)], check=True)
-    results = json.loads((folder / "run" / "results.json").read_text(encoding="utf-8"))
+    data = DatasetDict(train=Dataset.from_list(rows[:384]), test=Dataset.from_list(rows[384:]))
+    with tempfile.TemporaryDirectory(prefix="check_gpu_") as name:
+        folder = Path(name)
+        data.save_to_disk(folder / "data")
+        Qwen2ForCausalLM(Qwen2Config(**SHAPE)).save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        flags = ["--model", folder / "model", "--dataset", folder / "data", "--output", folder / "run"]
+        flags += ["--max-steps", STEPS, *sys.argv[2:]]
+        subprocess.run([sys.executable, train_grpo.__file__, *map(str, flags)], check=True)
+        results = json.loads((folder / "run" / "results.json").read_text(encoding="utf-8"))
     for name in ("device", "step_seconds", "generated_tokens_per_second", "peak_memory_gb"):
         print(f"{name}: {results[name]}")
 
