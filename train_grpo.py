@@ -34,7 +34,7 @@ QUESTIONS_PER_STEP = 32  # distinct questions
 COMPLETIONS_PER_QUESTION = 8  # the group: its mean is the baseline of every completion in it
 MICRO_BATCH = 8  # completions per forward and GPU; halve it if out of memory, the step stays the same
 GRADIENT_CHECKPOINTING = True  # False spares a fifth of the arithmetic, takes 1.6 MiB more per token of a micro batch
-LEARNING_RATE = 1e-6  # peak; above 5e-6 full fine-tuning of this model tends to collapse
+LEARNING_RATE = 1e-6  # peak; the tutorial's 5e-6 went wrong at about step 200
 WARMUP_STEPS = 10  # then cosine to zero
 ADAM_BETAS = (0.9, 0.99)
 WEIGHT_DECAY = 0.1
@@ -45,9 +45,7 @@ MAX_STEPS = -1  # optimizer steps, -1: all of EPOCHS; --max-steps
 # GRPO
 BETA = 0.001  # weight of the KL term to the untrained model; 0 saves that model's memory and forward
 LOSS_TYPE = "dapo"  # every token counts the same, in a long completion or a short one (arXiv 2503.14476)
-SCALE_REWARDS = (
-    "batch"  # divides advantages by the batch's deviation; "group" blows up groups that differ in format only
-)
+SCALE_REWARDS = "batch"  # whose deviation divides advantages; "group" blows up groups that differ in format only
 
 # Completions
 MAX_PROMPT_TOKENS = 256  # longer training questions are dropped
@@ -56,7 +54,7 @@ TEMPERATURE = 1.0  # 1 is on-policy: what is sampled is what is trained
 TOP_P = 1.0  # set here, since the model's own generation_config.json would narrow sampling
 TOP_K = 0
 REPETITION_PENALTY = 1.0
-FAST_ROLLOUT = True  # the decode loop of rollout.py; False: TRL's own generation, several times slower
+FAST_ROLLOUT = True  # the decode loop of rollout.py; False: TRL's own generation, slower
 USE_VLLM = False  # vLLM instead, on the same GPU: pip install vllm==0.30.0
 
 # LoRA
