@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import html
 import json
+import logging
 import math
 import os
 import sys
@@ -147,6 +148,7 @@ def read_history(output: Path) -> History:
 
     if not (output / "runs").is_dir():
         raise UserError(f"{str(output)!r} holds no run (it has no runs/); name a folder that train_grpo.py wrote")
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it would announce every resume
     events = EventAccumulator(str(output / "runs"), size_guidance={SCALARS: 0}).Reload()  # 0: all of them
     rows: dict[int, dict[str, float]] = {}
     for tag in events.Tags()["scalars"]:

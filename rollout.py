@@ -278,6 +278,7 @@ class Sampler:
             cumulated = (logits.float() / batch.temperature).softmax(-1).cumsum(-1)
             draw = (1 - torch.rand(len(logits), 1, device=self.device)) * cumulated[:, -1:]  # in (0, total]
             tokens = torch.searchsorted(cumulated, draw)[:, 0]
+            tokens = tokens.clamp(max=logits.shape[-1] - 1)  # NaN finds no place; the monitor will name the trouble
         done = batch.done[batch.live]
         tokens = tokens.masked_fill(done, self.pad)  # torch.where would copy the number from the host: not in a graph
         batch.tokens[batch.live, batch.column] = tokens

@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     import checkpoints
 
     if flags.demo and device.type == "cpu":
-        torch.set_num_threads(1)  # no slower for so small a model, and several times faster on a busy machine
+        torch.set_num_threads(min(torch.get_num_threads(), 2))  # a tiny model has work for two; more only wait
     checkpoints.check_constants(recipe)
     accumulation = accumulation_steps(recipe, processes)
 

@@ -105,7 +105,7 @@ def figures(folder: Path) -> dict[str, float]:
         "strict % on the way": 100 * fmean(looks),  # the sooner it learns, the higher
         "format %": 100 * results["after"]["format"],
         "tokens": results["after"]["mean_tokens"],
-        "probe %": 100 * (parse_number(extract_answer(results["probe"]["after"]) or "") == 300),  # 5分钟多少秒
+        "300 to the probe": parse_number(extract_answer(results["probe"]["after"]) or "") == 300,  # 5分钟多少秒
     }
 
 
@@ -115,10 +115,12 @@ def write_table(folders: dict[str, list[Path]]) -> str:
     for variant, runs in folders.items():
         rows = [figures(folder) for folder in runs]
         cells = [VARIANTS[variant][0], str(len(rows))]
-        for name in rows[0]:
+        *measured, probe = rows[0]
+        for name in measured:
             values = [row[name] for row in rows]
             spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
             cells.append(f"{fmean(values):.1f}{spread}")
+        cells.append(f"{sum(row[probe] for row in rows)} of {len(rows)}")
         lines.append(f"| {' | '.join(cells)} |")
     before = json.loads((runs[0] / "results.json").read_text(encoding="utf-8"))["before"]
     strict, form, tokens = 100 * before["strict"], 100 * before["format"], before["mean_tokens"]
@@ -145,9 +147,9 @@ def draw(left: Path, right: Path, picture: Path) -> None:
         ]
         monitor.draw_curve(axes, history, "share", "C1", "total reward, of the maximum")
         monitor.draw_curve(axes, history, "heldout/strict", "C0", "held-out accuracy, 95 % interval")
-        axes.set(title=title, xlabel="step", ylim=(0, 1.02))
+        axes.set(title=title, xlabel="step", ylim=(0, 0.75))
         axes.grid(alpha=0.3)
-        axes.legend(loc="lower right")
+        axes.legend(loc="upper left")
     picture.parent.mkdir(exist_ok=True)
     drawing.savefig(picture)
 

@@ -195,6 +195,17 @@ def test_ends(path):
 
 
 @both_paths
+def test_spoilt_weights(path):
+    """NaN weights give tokens of the vocabulary all the same: the run lives on to the alarm that names the trouble."""
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    for temperature in (0.0, 1.0):
+        completions = make_loop(model, path).generate(MIXED, 4, temperature)
+        assert all(0 <= token < VOCABULARY for completion in completions for token in completion)
+
+
+@pytest.mark.parametrize("path", ["eager", "replayed"])
 def test_smaller_last_batch(path):
     """Fewer rows after many, as at the end of an evaluation, and a question asked alone."""
     model = make_model().eval()
