@@ -205,7 +205,7 @@ def test_spoilt_weights(path):
         assert all(0 <= token < VOCABULARY for completion in completions for token in completion)
 
 
-@pytest.mark.parametrize("path", ["eager", "replayed"])
+@both_paths
 def test_smaller_last_batch(path):
     """Fewer rows after many, as at the end of an evaluation, and a question asked alone."""
     model = make_model().eval()
