@@ -134,10 +134,12 @@ def claim(output: Path) -> None:
     """
     _clean(output)
     held = [path for pattern in TRAINED for path in sorted(output.glob(pattern))]
-    if held or read_results(output).get("finished"):
+    finished = read_results(output).get("finished")
+    if held or finished:
         raise UserError(
-            f"{str(output)!r} already holds a run ({held[0].name if held else 'results.json'}), which is never "
-            "overwritten; continue it with --resume, or name another folder with --output"
+            f"{str(output)!r} already holds a {'finished ' if finished else ''}run "
+            f"({held[0].name if held else 'results.json'}), which is never overwritten; "
+            f"{'' if finished else 'continue it with --resume, or '}name another folder with --output"
         )
     if (output / "recipe" / "recipe.json").exists():  # else these names are somebody else's
         _delete(output / name for name in BEGUN)
@@ -295,9 +297,13 @@ def check_recipe(output: Path, recipe: SimpleNamespace, checkpoint: Path, force:
     """Hold the recipe against the one that `output` was begun with; with `force`, continue under the new one.
 
     Raises:
-        UserError: constants differ (those in FREE may), and not `force`. It names each of them.
+        UserError: the run is finished; or constants differ (those in FREE may), and not `force`: it names each.
     """
-    file = output / "recipe" / "recipe.json"
+    file, results = output / "recipe" / "recipe.json", read_results(output)
+    if results.get("finished") and results["steps"] == _step(checkpoint) and any(output.glob("*.safetensors")):
+        raise UserError(
+            f"the run in {str(output)!r} is finished, nothing is left to resume; start another with --output"
+        )
     before, now = _read_json(file), _describe(recipe)
     inside = [f"{described['OUTPUT_DIR']}{os.sep}" for described in (before, now)]  # the folder may have been moved
     changes = [

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-from prompts import UserError, load_questions, note, run, to_conversation
+from prompts import UserError, load_questions, note, refuse_missing_folder, run, to_conversation
 from rewards import extract_answer, find_numbers, parse_number, soft_format_reward
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
+    refuse_missing_folder(name)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     safe = {"trust_remote_code": False, "use_safetensors": True}  # a script or a pickle could do anything
@@ -238,10 +239,10 @@ def main() -> None:
         raise UserError(f"--limit {flags.limit}: at least 1 question is needed")
 
     recipe = trained_recipe(flags.model)
+    model, tokenizer = load_model(flags.model)
     dataset = flags.dataset or (find_beside(flags.model, "results.json") or recipe).get("dataset", recipe["DATASET"])
     questions = load_questions(dataset, flags.split)
     questions = questions.select(range(min(flags.limit or len(questions), len(questions))))
-    model, tokenizer = load_model(flags.model)
     device, autocast = pick_device(flags.cpu)
     sampler = make_sampler(model.to(device).eval(), tokenizer, autocast)
     figures, rows = evaluate(

@@ -57,10 +57,20 @@ def to_conversation(question: str) -> list[dict]:
     return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
 
 
+def refuse_missing_folder(name: str) -> None:
+    """Raises UserError for what can only be a folder and is not there: nobody should wait for the hub to say so."""
+    path = Path(name)
+    like_a_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name
+    inside_one = path.parent != Path(".") and path.parent.is_dir()
+    if (like_a_path or inside_one) and not path.exists():
+        raise UserError(f"there is no folder {name!r}; mend the path, or pass a hub id such as owner/name")
+
+
 def read_split(dataset: str, split: str) -> Dataset:
     """One split of a hub id or of a local folder (save_to_disk, parquet, JSON lines). Raises UserError."""
     from datasets import DatasetDict, load_dataset, load_from_disk
 
+    refuse_missing_folder(dataset)
     folder = Path(dataset)
     saved = any((folder / name).exists() for name in ("dataset_dict.json", "state.json"))
     try:
@@ -68,7 +78,7 @@ def read_split(dataset: str, split: str) -> Dataset:
     except Exception as error:  # the hub's and the readers' errors have no common base class
         where = "folder" if folder.is_dir() else "hub id"
         raise UserError(
-            f"cannot load the data set {dataset!r} ({where}): {type(error).__name__}: {error}. "
+            f"cannot load the data set {dataset!r} ({where}): {type(error).__name__}: {str(error).rstrip('.')}. "
             "Pass a local folder with --dataset, or set HF_ENDPOINT=https://hf-mirror.com where the hub is unreachable"
         ) from error
     if not isinstance(data, DatasetDict) or split not in data:

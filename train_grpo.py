@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-from prompts import UserError, drop_long, load_questions, run
+from prompts import UserError, drop_long, load_questions, refuse_missing_folder, run
 from rewards import REWARD_WEIGHTS, REWARDS
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # before any of these libraries is imported
@@ -81,14 +81,17 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="GRPO on Chinese GSM8K", allow_abbrev=False)
     parser.add_argument("--model", help=f"hub id or folder (default: {MODEL})")
     parser.add_argument("--dataset", help=f"hub id or folder (default: {DATASET})")
-    parser.add_argument("--output", help=f"folder for everything this run writes (default: {OUTPUT_DIR})")
+    parser.add_argument("--output", help=f"where this run writes (default: {OUTPUT_DIR}, the demo: {OUTPUT_DIR}/demo)")
     parser.add_argument("--max-steps", type=int, help="stop after so many optimizer steps")
     parser.add_argument("--seed", type=int, help=f"another seed (default: {SEED})")
     parser.add_argument("--resume", action="store_true", help="continue the newest complete checkpoint in the output")
     parser.add_argument("--force-recipe", action="store_true", help="with --resume: although the recipe has changed")
     parser.add_argument("--demo", action="store_true", help="a tiny model on made problems: minutes, any machine")
-    parser.add_argument("--cpu", action="store_true", help="stay on the CPU (slow, but for the demo)")
-    return parser.parse_args(argv)
+    parser.add_argument("--cpu", action="store_true", help="stay on the CPU (very slow, except for the demo)")
+    flags = parser.parse_args(argv)
+    if flags.force_recipe and not flags.resume:
+        parser.error("--force-recipe goes with --resume")
+    return flags
 
 
 def make_recipe(flags: argparse.Namespace) -> SimpleNamespace:
@@ -142,6 +145,8 @@ def main(argv: list[str] | None = None) -> None:
     if flags.demo and device.type == "cpu":
         torch.set_num_threads(min(torch.get_num_threads(), 2))  # a tiny model has work for two; more only wait
     checkpoints.check_constants(recipe)
+    for given in filter(None, (flags.model, flags.dataset)):
+        refuse_missing_folder(given)
     accumulation = accumulation_steps(recipe, processes)
 
     def prepare() -> tuple[Path | None, str, str]:
@@ -236,6 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     memory_advice = partial(checkpoints.memory_advice, recipe, trainer.model, processes)
     measure = memory_advice()(lambda title: report(rollout.sampler(trainer), tokenizer, test, recipe, title))
     results = checkpoints.read_results(output) if flags.resume else {}
+    results.pop("finished", None)  # comes last in the file and in the summary
     if main_process:
         monitor.print_header(recipe, device, autocast, processes, len(fitting), len(train) - len(fitting), len(test))
         if not flags.resume:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from prompts import ANSWER_COLUMN, QUESTION_COLUMN, UserError, load_questions, to_conversation
+from prompts import ANSWER_COLUMN, QUESTION_COLUMN, UserError, load_questions, refuse_missing_folder, to_conversation
 
 GOOD = [("3加4等于几？", 7), ("1分钟是多少秒？", 60)]
 
@@ -131,3 +131,17 @@ def test_scripts_are_not_run(tmp_path):
     with pytest.raises(UserError):
         load_questions(str(script.parent), "train")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["/no/such", "./no", "../no", "a/b/c", "output/no-such-run", "C:\\no"])
+def test_missing_folders(name, monkeypatch):
+    """What can only be a path is refused by name, before anybody waits for the hub."""
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    with pytest.raises(UserError, match="there is no folder"):
+        refuse_missing_folder(name)
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen2.5-0.5B-Instruct", "swulling/gsm8k_chinese", "gpt2", "tests"])
+def test_hub_ids_and_folders_pass(name, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    refuse_missing_folder(name)

@@ -63,7 +63,12 @@ def test_two_steps_as_a_user(demo_output, demo_base):
 
     saved = (demo_output / "model.safetensors").stat().st_mtime_ns
     line = error_line(run_script("train_grpo.py", "--demo", "--cpu", "--output", demo_output, expect=2))
-    assert "--resume" in line and "--output" in line
+    assert "finished run" in line and "--output" in line
+    line = error_line(
+        run_script("train_grpo.py", "--demo", "--cpu", "--max-steps", 2, "--resume", "--output", demo_output, expect=2)
+    )
+    assert "finished" in line
+    assert json.loads((demo_output / "results.json").read_text(encoding="utf-8")) == results
     assert (demo_output / "model.safetensors").stat().st_mtime_ns == saved
 
 
@@ -121,7 +126,9 @@ def test_without_a_gpu():
     assert sorted((ROOT / "output").iterdir()) == before
 
 
-@pytest.mark.parametrize("arguments", [["--no-such-flag"], ["--max", "3"], ["--max-steps", "many"], ["stray"]])
+@pytest.mark.parametrize(
+    "arguments", [["--no-such-flag"], ["--max", "3"], ["--max-steps", "many"], ["stray"], ["--force-recipe"]]
+)
 def test_unknown_flags(arguments):
     """An unknown, abbreviated or malformed flag exits 2 before anything is loaded."""
     assert arguments[0] in run_script("train_grpo.py", *arguments, expect=2).stderr
