@@ -297,13 +297,10 @@ def check_recipe(output: Path, recipe: SimpleNamespace, checkpoint: Path, force:
     """Hold the recipe against the one that `output` was begun with; with `force`, continue under the new one.
 
     Raises:
-        UserError: the run is finished; or constants differ (those in FREE may), and not `force`: it names each.
+        UserError: constants differ (those in FREE may), and not `force`: it names each of them; or they do not, and
+            the run is finished.
     """
-    file, results = output / "recipe" / "recipe.json", read_results(output)
-    if results.get("finished") and results["steps"] == _step(checkpoint) and any(output.glob("*.safetensors")):
-        raise UserError(
-            f"the run in {str(output)!r} is finished, nothing is left to resume; start another with --output"
-        )
+    file = output / "recipe" / "recipe.json"
     before, now = _read_json(file), _describe(recipe)
     inside = [f"{described['OUTPUT_DIR']}{os.sep}" for described in (before, now)]  # the folder may have been moved
     changes = [
@@ -320,6 +317,15 @@ def check_recipe(output: Path, recipe: SimpleNamespace, checkpoint: Path, force:
         note(f"continuing {checkpoint.name} under a changed recipe: {', '.join(changes)}")
         shutil.copy(file, file.with_name(f"recipe-until-{_step(checkpoint)}.json"))
         save_recipe(output, recipe)
+    elif _is_finished(output, checkpoint):
+        raise UserError(
+            f"the run in {str(output)!r} is finished, nothing is left to resume; start another with --output"
+        )
+
+
+def _is_finished(output: Path, checkpoint: Path) -> bool:
+    results, saved = read_results(output), any(output.glob("*.safetensors"))
+    return saved and results.get("finished", False) and results["steps"] == _step(checkpoint)
 
 
 def _inside(value: Any, folder: str) -> Any:

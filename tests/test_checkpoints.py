@@ -230,11 +230,15 @@ def test_every_constant_has_a_rule():
 # ------------------------------------------------------------------------------------------------- the output folder
 def test_a_run_is_not_overwritten(copy):
     """A folder with a checkpoint, or with a finished run's results, is refused."""
+    with pytest.raises(UserError, match="already holds a finished run .checkpoint-1.*--output"):
+        checkpoints.claim(copy)
+    checkpoints.write_json(copy / "results.json", {"finished": False})
     with pytest.raises(UserError, match="already holds a run .checkpoint-1.*--resume.*--output"):
         checkpoints.claim(copy)
+    checkpoints.write_json(copy / "results.json", {"finished": True})
     for path in [*copy.glob("checkpoint-*"), copy / "model.safetensors"]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with pytest.raises(UserError, match="already holds a run .results.json"):
+    with pytest.raises(UserError, match="already holds a finished run .results.json"):
         checkpoints.claim(copy)
 
 

@@ -110,13 +110,12 @@ def test_empty_split(tmp_path, monkeypatch):
         load_questions(str(tmp_path), "train")
 
 
-@pytest.mark.parametrize("content", [None, "", "no json"])
+@pytest.mark.parametrize("content", ["", "no json"])
 def test_unreadable_data_set(tmp_path, content):
-    """No folder, an empty file, garbage: one line that names the place, the way out and the mirror."""
+    """An empty file, garbage: one line that names the place, the way out and the mirror."""
     folder = tmp_path / "data"
-    if content is not None:
-        folder.mkdir()
-        (folder / "train.jsonl").write_text(content)
+    folder.mkdir()
+    (folder / "train.jsonl").write_text(content)
     with pytest.raises(UserError) as error:
         load_questions(str(folder), "train")
     for part in (str(folder), "--dataset", "HF_ENDPOINT"):
