@@ -205,6 +205,7 @@ def test_forced_recipe(copy, capsys):
     checkpoints.check_recipe(copy, recipe, copy / "checkpoint-3", force=True)
     assert "checkpoint-3 under a changed recipe: LEARNING_RATE 0.0005 -> 0.0001" in capsys.readouterr().out
     assert json.loads((copy / "recipe" / "recipe-until-3.json").read_text()) == old
+    checkpoints.write_json(copy / "results.json", {"finished": False})  # as main() then does
     checkpoints.check_recipe(copy, recipe, copy / "checkpoint-3", force=False)
 
 
