@@ -35,7 +35,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import safe_globals
 from trl import GRPOTrainer
 
-from prompts import ANSWER_COLUMN, QUESTION_COLUMN, SYSTEM_PROMPT, UserError, note
+from prompts import ANSWER_COLUMN, QUESTION_COLUMN, SYSTEM_PROMPT, UserError, first_line, note
 
 # What a run leaves behind that nobody wants overwritten. `base/` (the demo's cache) does not count.
 TRAINED = ["checkpoint-*", "*.safetensors", "adapter"]
@@ -223,12 +223,8 @@ def find_fault(checkpoint: Path) -> str | None:
                 with safe_globals():
                     torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # every reader has errors of its own, and any of them means damage
-            return f"{file.name}: {_first_line(error)}"
+            return f"{file.name}: {first_line(error)}"
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def checkpoint_bytes(model: torch.nn.Module) -> tuple[int, int]:
@@ -269,7 +265,7 @@ def _read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {str(path)!r}: {_first_line(error)}; name another --output") from error
+        raise UserError(f"cannot read {str(path)!r}: {first_line(error)}; name another --output") from error
 
 
 def read_results(output: Path) -> dict:
@@ -356,7 +352,7 @@ def save_trained(trainer: GRPOTrainer, output: Path) -> None:
     except Exception as error:  # as in _attempt
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"the trained model could not be saved ({_first_line(error)}); mend that and --resume"
+            f"the trained model could not be saved ({first_line(error)}); mend that and --resume"
         ) from error
 
 
@@ -427,7 +423,7 @@ def _attempt(work: Callable[..., None], *args) -> str | None:
     try:
         work(*args)
     except Exception as error:  # torch, safetensors, tokenizers and Python each say "disk full" by a class of their own
-        return _first_line(error)
+        return first_line(error)
     return None
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-from prompts import UserError, load_questions, note, refuse_missing_folder, run, to_conversation
+from prompts import UserError, first_line, load_questions, note, refuse_missing_folder, run, to_conversation
 from rewards import extract_answer, find_numbers, parse_number, soft_format_reward
 
 if TYPE_CHECKING:
@@ -65,9 +65,7 @@ def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         where, remedy = "hub id", "Pass a local folder, or set HF_ENDPOINT=https://hf-mirror.com"
         if Path(name).is_dir():
             where, remedy = "folder", "Put a whole model there (config, *.safetensors, tokenizer) or name another"
-        raise UserError(
-            f"cannot load the model {name!r} ({where}): {str(error).strip().splitlines()[0]} {remedy}"
-        ) from error
+        raise UserError(f"cannot load the model {name!r} ({where}): {first_line(error)}. {remedy}") from error
     if wrong:  # they would be random numbers
         raise UserError(
             f"the weights of {name!r} do not fit its config.json: {len(wrong)} are missing or of another shape, "

@@ -46,6 +46,11 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line without its full stop; its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 def note(text: str) -> None:
     """A line that the main process prints for all."""
     if os.environ.get("RANK", "0") == "0":  # set by torchrun and accelerate launch

@@ -27,6 +27,8 @@ from peft.tuners.lora import LoraLayer
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from prompts import first_line
+
 if TYPE_CHECKING:  # chat and evaluation need not wait for it
     from trl import GRPOConfig, GRPOTrainer
 
@@ -293,7 +295,7 @@ class Sampler:
                 self.graphs[batch.greedy] = self._capture(batch)
             except RuntimeError as error:
                 self.use_graph, self.batch = False, None
-                print(f"rollout: no CUDA graph, decoding step by step, slower ({str(error).splitlines()[0]})")
+                print(f"rollout: no CUDA graph, decoding step by step, slower ({first_line(error)})")
             for tensor, value in zip(state, before, strict=True):
                 tensor.copy_(value)
         return self.graphs.get(batch.greedy)
