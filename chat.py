@@ -7,7 +7,8 @@ echo 5分钟多少秒 | python chat.py output
 import argparse
 import sys
 
-from prompts import run, to_conversation
+from console import run
+from prompts import to_conversation
 
 
 def main() -> None:
@@ -22,7 +23,8 @@ def main() -> None:
     import torch
     from transformers import TextStreamer
 
-    from evaluate import encode, load_model, pick_device, trained_recipe
+    from evaluate import trained_recipe
+    from models import encode, load_model, pick_device
     from rollout import make_sampler
 
     recipe = trained_recipe(flags.model)

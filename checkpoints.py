@@ -28,14 +28,13 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from safetensors import safe_open
-from transformers import TrainerCallback
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
-from trl import GRPOTrainer
 
-from prompts import ANSWER_COLUMN, QUESTION_COLUMN, SYSTEM_PROMPT, UserError, first_line, note
+from console import UserError, first_line, note
+from prompts import ANSWER_COLUMN, QUESTION_COLUMN, SYSTEM_PROMPT
 
 # What a run leaves behind that nobody wants overwritten. `base/` (the demo's cache) does not count.
 TRAINED = ["checkpoint-*", "*.safetensors", "adapter"]
@@ -171,7 +170,7 @@ def newest_checkpoint(output: Path) -> Path:
     """
     damaged = {}
     _clean(output)
-    for path in reversed(_checkpoints(output)):
+    for path in reversed(list_checkpoints(output)):
         if fault := find_fault(path):
             damaged[path] = fault
             continue
@@ -188,13 +187,13 @@ def newest_checkpoint(output: Path) -> Path:
     )
 
 
-def _checkpoints(output: Path) -> list[Path]:
+def list_checkpoints(output: Path) -> list[Path]:
     """The checkpoint folders, oldest first."""
     found = (path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name))
-    return sorted(filter(Path.is_dir, found), key=_step)
+    return sorted(filter(Path.is_dir, found), key=step_of)
 
 
-def _step(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
@@ -211,7 +210,7 @@ def find_fault(checkpoint: Path) -> str | None:
         try:
             if file.suffix == ".json":
                 content = json.loads(file.read_text(encoding="utf-8"))
-                if file.name == "trainer_state.json" and content["global_step"] != _step(checkpoint):
+                if file.name == "trainer_state.json" and content["global_step"] != step_of(checkpoint):
                     return f"trainer_state.json is of step {content['global_step']}"
                 if file.name.endswith(".safetensors.index.json"):
                     for part in set(content["weight_map"].values()) - {path.name for path in files}:
@@ -243,7 +242,7 @@ def check_disk(output: Path, model: torch.nn.Module, save_limit: int) -> None:
     """
     each, final = checkpoint_bytes(model)
     count = max(save_limit, 2) + 1
-    needed = each * max(count - len(_checkpoints(output)), 1) + final
+    needed = each * max(count - len(list_checkpoints(output)), 1) + final
     free = shutil.disk_usage(output).free
     if free < needed:
         raise UserError(
@@ -311,7 +310,7 @@ def check_recipe(output: Path, recipe: SimpleNamespace, checkpoint: Path, force:
         )
     if changes:
         note(f"continuing {checkpoint.name} under a changed recipe: {', '.join(changes)}")
-        shutil.copy(file, file.with_name(f"recipe-until-{_step(checkpoint)}.json"))
+        shutil.copy(file, file.with_name(f"recipe-until-{step_of(checkpoint)}.json"))
         save_recipe(output, recipe)
     elif _is_finished(output, checkpoint):
         raise UserError(
@@ -321,14 +320,14 @@ def check_recipe(output: Path, recipe: SimpleNamespace, checkpoint: Path, force:
 
 def _is_finished(output: Path, checkpoint: Path) -> bool:
     results, saved = read_results(output), any(output.glob("*.safetensors"))
-    return saved and results.get("finished", False) and results["steps"] == _step(checkpoint)
+    return saved and results.get("finished", False) and results["steps"] == step_of(checkpoint)
 
 
 def _inside(value: Any, folder: str) -> Any:
     return value.removeprefix(folder) if isinstance(value, str) else value
 
 
-def save_trained(trainer: GRPOTrainer, output: Path) -> None:
+def save_trained(trainer: Trainer, output: Path) -> None:
     """Save the model at the root of `output`; of an adapter also itself, in `adapter/`, and the model merged with it.
 
     Raises:
@@ -356,69 +355,7 @@ def save_trained(trainer: GRPOTrainer, output: Path) -> None:
         ) from error
 
 
-# ---------------------------------------------------------------------------------------------------- while training
-class CarefulTrainer(GRPOTrainer):
-    """GRPOTrainer whose checkpoints are whole or not there, and which goes on where one cannot be saved.
-
-    Raises:
-        UserError: weights that are sharded over the processes.
-    """
-
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():  # the main process alone evaluates, and would hang
-            raise UserError(
-                "FSDP and DeepSpeed ZeRO-3 shard the weights, which evaluation here cannot gather; a model of this "
-                "size fits every GPU: launch without them, or with ZeRO-1 or -2"
-            )
-
-    def _save_checkpoint(self, model, trial) -> None:
-        # Trainer's own version has all processes meet half-way, where one whose disk is full never arrives
-        self.store_flos()  # a sum over all processes
-        output = Path(self.args.output_dir)
-        final = output / f"checkpoint-{self.state.global_step}"
-        temporary = output / f".tmp-{final.name}"
-        faults = [fault for fault in gather_object([_attempt(self._write, temporary)]) if fault]  # all have written
-        if not self.args.should_save:
-            return
-        fault = faults[0] if faults else _attempt(_publish, temporary, final)
-        if fault is None:
-            _rotate(output, self.args.save_total_limit, self.state.best_global_step)
-        else:
-            shutil.rmtree(temporary, ignore_errors=True)
-            kept = ", ".join(path.name for path in _checkpoints(output)) or "none"
-            print(f"WARNING: {final.name} could not be saved ({fault}); kept: {kept}. Training goes on", flush=True)
-
-    def _write(self, folder: Path) -> None:
-        """Everything that resuming needs; each process writes its random state, the main one the rest."""
-        if self.args.should_save:
-            needed, free = checkpoint_bytes(self.model)[0], shutil.disk_usage(self.args.output_dir).free
-            if free < needed:
-                raise OSError(f"{free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed")
-            self.create_model_card(model_name=Path(self.args.output_dir).name)
-        self.save_model(str(folder), _internal_call=True)
-        self._save_optimizer_and_scheduler(str(folder))
-        self._save_scaler(str(folder))
-        self._save_rng_state(str(folder))
-        if self.args.should_save:
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        if not self.is_fsdp_enabled:
-            _check_fits(Path(resume_from_checkpoint), self.model)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _init_training_state(self, max_steps: int, *args) -> tuple[int, int]:
-        begin = super()._init_training_state(max_steps, *args)
-        self.state.compute_steps(self.args, max_steps)  # the loaded state brings its own SAVE_EVERY and LOG_EVERY
-        return begin
-
-    def _run_epoch(self, **kwargs) -> None:
-        if self.state.global_step < self.state.max_steps:  # a run killed after its last step would make one more
-            super()._run_epoch(**kwargs)
-
-
-def _attempt(work: Callable[..., None], *args) -> str | None:
+def attempt(work: Callable[..., None], *args) -> str | None:
     """Why `work` failed; None where it did not."""
     try:
         work(*args)
@@ -438,7 +375,7 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _publish(temporary: Path, final: Path) -> None:
+def publish(temporary: Path, final: Path) -> None:
     for path in [*temporary.rglob("*"), temporary]:
         _sync(path)
     if final.exists():
@@ -454,33 +391,15 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _rotate(output: Path, limit: int, best_step: int | None) -> None:
+def rotate(output: Path, limit: int, best_step: int | None) -> None:
     """Keep `limit` checkpoints: the newest one and the best one always, then the next newest."""
-    steps = [_step(path) for path in reversed(_checkpoints(output))]
+    steps = [step_of(path) for path in reversed(list_checkpoints(output))]
     keep = {steps[0], best_step} & set(steps)
     keep |= set([step for step in steps if step not in keep][: max(limit - len(keep), 0)])
     for step in steps:
         if step not in keep:
             with suppress(OSError):  # it stays, and the next save tries again
                 _remove(output / f"checkpoint-{step}")
-
-
-def _check_fits(checkpoint: Path, model: torch.nn.Module) -> None:
-    """Raises UserError where the weights in `checkpoint` are another model's; Trainer silently loads what it can."""
-    adapter = isinstance(model, PeftModel)
-    weights = get_peft_model_state_dict(model) if adapter else model.state_dict()
-    needed = weights if adapter else dict(model.named_parameters())  # without the second name of a tied weight
-    shapes: dict[str, list[int]] = {}
-    for file in checkpoint.glob("adapter_model*.safetensors" if adapter else "model*.safetensors"):
-        with safe_open(file, "pt") as stored:
-            shapes |= {name: stored.get_slice(name).get_shape() for name in stored.keys()}
-    wrong = [name for name in needed if name not in shapes]
-    wrong += [name for name, shape in shapes.items() if name not in weights or shape != list(weights[name].shape)]
-    if wrong:
-        raise UserError(
-            f"{str(checkpoint)!r} was saved from another model ({len(wrong)} of {len(needed)} weights differ, the "
-            f"first: {wrong[0]}); resume with the model it was trained from, or start another run with --output"
-        )
 
 
 class StopSignals(TrainerCallback):
@@ -490,7 +409,7 @@ class StopSignals(TrainerCallback):
     system's own handler and ends the process at once. `stop.signal` is 0 or the signal that ended the training.
     """
 
-    def __init__(self, trainer: GRPOTrainer) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         self.signal = 0
         trainer.add_callback(self)
 
@@ -520,7 +439,7 @@ class StopSignals(TrainerCallback):
             write_json(output / "results.json", results | {"finished": False})
             words = [word for word in sys.argv if word not in ("--resume", "--force-recipe")]
             launcher = "python" if os.environ.get("WORLD_SIZE", "1") == "1" else "(the same launcher)"
-            saved = _checkpoints(output)
+            saved = list_checkpoints(output)
             how = (
                 f"continue {saved[-1].name} with\n    {launcher} {shlex.join(words)} --resume" if saved else "not saved"
             )

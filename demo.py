@@ -14,7 +14,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from prompts import ANSWER_COLUMN, QUESTION_COLUMN, run, to_conversation
+from console import run
+from prompts import ANSWER_COLUMN, QUESTION_COLUMN, to_conversation
 
 # What the constants of train_grpo.py become for so small a model
 RECIPE = {
@@ -255,7 +256,8 @@ def teach_base(traces: list[Problem], steps: int, folder: Path) -> None:
 
 def main() -> None:
     """Make the base, then show that it can compute but mostly does not care to."""
-    from evaluate import encode, grade, load_model
+    from accuracy import grade
+    from models import encode, load_model
     from rollout import make_sampler
 
     started = time.perf_counter()

@@ -9,10 +9,8 @@ On disk it lives in TensorBoard's files under `runs/` and nowhere else; alarms a
 
 from __future__ import annotations
 
-import argparse
 import html
 import json
-import logging
 import math
 import os
 import sys
@@ -28,11 +26,10 @@ from accelerate.utils import broadcast_object_list
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 
-from evaluate import describe, evaluate
-from prompts import UserError, run
+from accuracy import describe, evaluate
+from console import UserError
+from draw_curves import History, draw_curves, read_history
 from rewards import extract_answer
-
-History = list[dict[str, float]]
 
 # ------------------------------------------------------------------------------------------------------ the alarms
 WINDOW = 20  # steps; an alarm judges means over so many, since single steps are noise
@@ -142,21 +139,6 @@ TAGS = {  # TRL's name of a figure -> the group and the name under which TensorB
 }
 
 
-def read_history(output: Path) -> History:
-    """The rows of a run, from its TensorBoard files. Raises UserError where there are none."""
-    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
-
-    if not (output / "runs").is_dir():
-        raise UserError(f"{str(output)!r} holds no run (it has no runs/); name a folder that train_grpo.py wrote")
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it would announce every resume
-    events = EventAccumulator(str(output / "runs"), size_guidance={SCALARS: 0}).Reload()  # 0: all of them
-    rows: dict[int, dict[str, float]] = {}
-    for tag in events.Tags()["scalars"]:
-        for event in events.Scalars(tag):
-            rows.setdefault(event.step, {"step": event.step})[tag] = event.value
-    return [rows[step] for step in sorted(rows)]
-
-
 def keep_samples_until(step: int, file: Path) -> None:
     """Drop what an interrupted run wrote after the checkpoint that is being continued, and a half-written line."""
     if file.exists():
@@ -186,55 +168,6 @@ def side_by_side(best: dict, worst: dict) -> str:
         cells += f"<td>{preformatted(text)}</td>"
     question = preformatted(f"{best['question']}\nlabel {best['label']}")
     return f"{question}<table><tr>{cells}</tr></table>"
-
-
-# ------------------------------------------------------------------------------------------------------ the curves
-# panel -> the upper end of its scale (None: as the data want) and its curves; of several runs only the first curve
-PANELS = {
-    "training: reward": (None, {"reward/total": "total", "reward/std": "standard deviation"}),
-    "training: completions": (1.02, {"correctness/correct": "correct", "format/soft_format": "format"}),
-    "held-out, 95 % interval": (1.02, {"heldout/strict": "strict", "heldout/format": "format"}),
-    "length in tokens": (None, {"length/mean": "training", "heldout/mean_tokens": "held-out"}),
-    "wasted": (1.02, {"reward/flat_groups": "groups without spread", "length/cut_off": "completions cut off"}),
-    "entropy": (None, {"training/entropy": "per token"}),
-}
-SMOOTH = 5  # steps in the mean that is drawn over the faint curve of single steps
-
-
-def draw_curves(runs: dict[str, History], picture: Path) -> None:
-    """Draw one run, or several over each other, as 1000 x 600 pixels."""
-    from matplotlib.figure import Figure  # not pyplot: needs no display
-
-    figure = Figure(figsize=(10, 6), dpi=100, layout="constrained")
-    for axes, (title, (top, curves)) in zip(figure.subplots(2, 3, sharex=True).flat, PANELS.items(), strict=True):
-        if len(runs) > 1:
-            tag, what = next(iter(curves.items()))
-            title, lines = f"{title} ({what})", [(name, tag, history) for name, history in runs.items()]
-        else:
-            lines = [(label, tag, history) for tag, label in curves.items() for history in runs.values()]
-        for i, (label, tag, history) in enumerate(lines):
-            draw_curve(axes, history, tag, f"C{i}", label)
-        axes.set_title(title, fontsize=11)
-        axes.set_ylim(0, top)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=9)
-    figure.supxlabel("step", fontsize=10)
-    figure.savefig(picture)
-
-
-def draw_curve(axes, history: History, tag: str, color: str, label: str) -> None:
-    """One curve: points and interval where it comes from the held-out questions, else smoothed over the steps."""
-    rows = [row for row in history if tag in row]
-    steps, values = [row["step"] for row in rows], [row[tag] for row in rows]
-    if tag.startswith("heldout/"):
-        axes.plot(steps, values, color=color, label=label, marker="o", markersize=3)
-        if tag == "heldout/strict":
-            low, high = ([row[f"heldout/strict_{end}"] for row in rows] for end in ("low", "high"))
-            axes.fill_between(steps, low, high, color=color, alpha=0.15)
-        return
-    axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-    smooth = [fmean(values[max(0, end - SMOOTH) : end]) for end in range(1, len(values) + 1)]
-    axes.plot(steps, smooth, color=color, label=label)
 
 
 # ----------------------------------------------------------------------------------------------------- the callback
@@ -489,16 +422,3 @@ def peak_memory_gb() -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="draw the curves of runs", allow_abbrev=False)
-    parser.add_argument("outputs", nargs="+", type=Path, help="a run's folder; several are drawn over each other")
-    outputs = parser.parse_args().outputs
-    picture = outputs[0] / ("curves.png" if len(outputs) == 1 else "comparison.png")
-    draw_curves({str(output): read_history(output) for output in outputs}, picture)
-    print(picture)
-
-
-if __name__ == "__main__":
-    run(main)

@@ -27,7 +27,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from prompts import first_line
+from console import first_line
 
 if TYPE_CHECKING:  # chat and evaluation need not wait for it
     from trl import GRPOConfig, GRPOTrainer

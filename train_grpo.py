@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-from prompts import UserError, drop_long, load_questions, refuse_missing_folder, run
+from console import UserError, refuse_missing_folder, run
+from prompts import drop_long, load_questions
 from rewards import REWARD_WEIGHTS, REWARDS
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # before any of these libraries is imported
@@ -130,7 +131,8 @@ def main(argv: list[str] | None = None) -> None:
     main_process = os.environ.get("RANK", "0") == "0"
 
     # ---- what can be refused is refused before anything is loaded or written
-    from evaluate import encode, load_model, pick_device, report
+    from accuracy import report
+    from models import encode, load_model, pick_device
 
     device, autocast = pick_device(flags.cpu)
     if device.type == "cpu" and not (flags.demo or flags.cpu):
@@ -176,6 +178,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from monitor import Monitor
     from rollout import Rollout
+    from trainer import CarefulTrainer
 
     lora = LoraConfig(
         task_type="CAUSAL_LM",
@@ -223,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     config._n_gpu = min(config.n_gpu, 1)  # without a launcher: one GPU, not DataParallel, which TRL refuses
     rollout, monitor = Rollout(recipe.FAST_ROLLOUT), Monitor(recipe, test)
-    trainer = checkpoints.CarefulTrainer(
+    trainer = CarefulTrainer(
         model=model,
         reward_funcs=REWARDS,
         args=config,

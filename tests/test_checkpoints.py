@@ -16,8 +16,8 @@ from datasets import load_from_disk
 
 import checkpoints
 import train_grpo
+from console import UserError
 from monitor import read_history
-from prompts import UserError
 
 SMALL = {"QUESTIONS_PER_STEP": 2, "MAX_COMPLETION_TOKENS": 32, "EVAL_QUESTIONS": 8, "SAVE_EVERY": 1, "SAVE_LIMIT": 9}
 SMALL |= {"BETA": 0.0, "LEARNING_RATE": 5e-4, "WARMUP_STEPS": 1, "GRADIENT_CHECKPOINTING": False}
@@ -308,7 +308,7 @@ def test_kill_at_any_moment_of_a_save(trainer, tmp_path):
         time.sleep(rng.random() * seconds)
         os.kill(child, signal.SIGKILL)
         cut_short += os.waitpid(child, 0)[1] == signal.SIGKILL
-        there = checkpoints._checkpoints(tmp_path)
+        there = checkpoints.list_checkpoints(tmp_path)
         assert len(there) >= 2 and [checkpoints.find_fault(path) for path in there] == [None] * len(there)
     assert cut_short >= 3
     newest = checkpoints.newest_checkpoint(tmp_path)  # what --resume begins with
@@ -362,8 +362,8 @@ def test_rotation(tmp_path, limit, best, kept):
     """The newest and the best always stay and count towards SAVE_LIMIT."""
     for step in range(1, 6):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    checkpoints._rotate(tmp_path, limit, best)
-    assert {checkpoints._step(path) for path in tmp_path.iterdir()} == kept
+    checkpoints.rotate(tmp_path, limit, best)
+    assert {checkpoints.step_of(path) for path in tmp_path.iterdir()} == kept
 
 
 def test_trained_model_that_cannot_be_saved(trainer, tmp_path, monkeypatch):

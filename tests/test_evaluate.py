@@ -6,7 +6,7 @@ import math
 import pytest
 from conftest import error_line, run_script
 
-from evaluate import evaluate, grade, wilson_interval
+from accuracy import evaluate, grade, wilson_interval
 from prompts import to_conversation
 
 

@@ -16,9 +16,9 @@ from conftest import ROOT, error_line, run_script
 from safetensors.torch import load_file
 
 import checkpoints
-import evaluate
+import models
 import train_grpo
-from prompts import UserError
+from console import UserError
 
 # train_grpo.py as a user starts it, but with a small step, saved after each one, and with completions that are fixed,
 # so that one process and two have the same to train on: what they are depends on the question and the place only.
@@ -175,7 +175,7 @@ def test_faulty_model_folder(demo_base, tmp_path, words):
     model = Path(shutil.copytree(demo_base / "model", tmp_path / "model"))
     MODEL_FAULTS[words](model)
     with pytest.raises(UserError, match=f"(?i){words}") as error:
-        evaluate.load_model(str(model))
+        models.load_model(str(model))
     assert str(model) in str(error.value)
 
 
@@ -184,7 +184,7 @@ def test_padding_with_the_end_token(demo_base, tmp_path, capsys, pad):
     """Padding that looks like an end, or none at all, is said and mended with another special token."""
     model = Path(shutil.copytree(demo_base / "model", tmp_path / "model"))
     edit(model / "tokenizer_config.json", pad_token=pad)
-    _, tokenizer = evaluate.load_model(str(model))
+    _, tokenizer = models.load_model(str(model))
     assert tokenizer.pad_token == "<|endoftext|>" != tokenizer.eos_token
     assert f"pads with {pad}; here <|endoftext|> does" in capsys.readouterr().out
 

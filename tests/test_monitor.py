@@ -13,8 +13,8 @@ from tensorboard.plugin_util import markdown_to_safe_html
 from torch.utils.tensorboard import SummaryWriter
 
 import monitor
+from console import UserError
 from monitor import ALARMS, REPEAT, WINDOW, Monitor, draw_curves, not_finite, preformatted, read_history, side_by_side
-from prompts import UserError
 
 SAMPLE_KEYS = ["step", "question", "label", "completion", "extracted", "rewards", "advantage"]
 
@@ -211,7 +211,7 @@ def test_what_a_run_leaves_to_look_at(demo_output):
     assert (demo_output / "checkpoint-3").is_dir()
 
     (demo_output / "curves.png").unlink()
-    assert run_script("monitor.py", demo_output).stdout.strip() == str(demo_output / "curves.png")
+    assert run_script("draw_curves.py", demo_output).stdout.strip() == str(demo_output / "curves.png")
     assert png_size(demo_output / "curves.png") == (1000, 600)
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from prompts import ANSWER_COLUMN, QUESTION_COLUMN, UserError, load_questions, refuse_missing_folder, to_conversation
+from console import UserError, refuse_missing_folder
+from prompts import ANSWER_COLUMN, QUESTION_COLUMN, load_questions, to_conversation
 
 GOOD = [("3加4等于几？", 7), ("1分钟是多少秒？", 60)]
 

@@ -10,9 +10,11 @@ import torch
 from conftest import ROOT, error_line, run_script
 from safetensors.torch import load_file
 
-import evaluate
+import accuracy
+import models
 import train_grpo
-from prompts import ANSWER_COLUMN, QUESTION_COLUMN, UserError, drop_long
+from console import UserError
+from prompts import ANSWER_COLUMN, QUESTION_COLUMN, drop_long
 
 SHARED = ROOT.parent / "shared" / "data"
 RESULT_KEYS = set(
@@ -79,7 +81,7 @@ def test_lora(demo_output, demo_base):
     moved = {name.split(".")[-2] for name in before if not torch.equal(before[name], merged[name])}
     assert moved == set(train_grpo.LORA_MODULES)
     assert json.loads((demo_output / "adapter" / "adapter_config.json").read_text())["r"] == train_grpo.LORA_RANK
-    model, _ = evaluate.load_model(str(demo_output / "adapter"))
+    model, _ = models.load_model(str(demo_output / "adapter"))
     state = model.state_dict()
     for name, tensor in merged.items():
         assert torch.allclose(state[name], tensor, atol=1e-6), name
@@ -206,7 +208,7 @@ def test_device_and_precision(monkeypatch, cuda, bf16, cpu, expected):
     """bf16 autocast only where the GPU has the units for it, asked without emulation."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
-    device, autocast = evaluate.pick_device(cpu)
+    device, autocast = models.pick_device(cpu)
     assert (device.type, autocast) == expected
 
 
@@ -217,7 +219,7 @@ def test_the_demo_learns(tmp_path):
     results = json.loads((output / "results.json").read_text(encoding="utf-8"))
     before, after = results["before"]["strict"], results["after"]["strict"]
     assert before <= 0.5 and after >= 0.85 and after - before >= 0.4
-    assert evaluate.grade(results["probe"]["before"], 60)["strict"]
-    assert evaluate.grade(results["probe"]["after"], 300)["strict"]
+    assert accuracy.grade(results["probe"]["before"], 60)["strict"]
+    assert accuracy.grade(results["probe"]["after"], 300)["strict"]
     assert results["peak_memory_gb"] < 4 and math.isfinite(results["step_seconds"])
     assert Path(output, "model.safetensors").exists()

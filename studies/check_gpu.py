@@ -1,6 +1,6 @@
 """Ten steps of the real recipe at the true 0.5B shape with random weights: time and memory of a machine, no hub.
 
-    python tests/check_gpu.py [TOKENIZER]    # a folder or hub id; default: the hub's Qwen/Qwen2.5-0.5B-Instruct
+    python studies/check_gpu.py [TOKENIZER]    # a folder or hub id; default: the hub's Qwen/Qwen2.5-0.5B-Instruct
 
 Random weights hardly ever end an answer, so every completion runs to its full length: what is measured is the worst
 case of step time and peak memory, not learning. Anything that follows the tokenizer goes to train_grpo.py.

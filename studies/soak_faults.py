@@ -1,7 +1,7 @@
 """The long form of test_faults.py: the demo, killed with -9 at random moments and resumed until it is finished.
 
-    python tests/soak_faults.py            # 20 kills, about a quarter of an hour on two cores
-    python tests/soak_faults.py --kills 3
+    python studies/soak_faults.py            # 20 kills, about a quarter of an hour on two cores
+    python studies/soak_faults.py --kills 3
 
 It saves after every step, so that many kills fall into a save. After each kill every checkpoint has to be whole; at the
 end the model has to be the one that a run without faults gives, to the last bit.
@@ -47,8 +47,8 @@ def main() -> None:
 
     kills = inside = 0
     while True:
-        saved = checkpoints._checkpoints(killed)
-        step = checkpoints._step(saved[-1]) if saved else 0
+        saved = checkpoints.list_checkpoints(killed)
+        step = checkpoints.step_of(saved[-1]) if saved else 0
         run = begin(killed, flags.steps, *(["--resume"] if saved else []))
         if kills == flags.kills:
             assert run.wait() == 0, (folder / "killed.log").read_text()
@@ -67,7 +67,7 @@ def main() -> None:
         run.wait()
         kills += 1
         inside += bool(list(killed.glob(".tmp-*")))
-        faults = {path.name: checkpoints.find_fault(path) for path in checkpoints._checkpoints(killed)}
+        faults = {path.name: checkpoints.find_fault(path) for path in checkpoints.list_checkpoints(killed)}
         assert not any(faults.values()), faults
         print(f"kill {kills:>2}: {', '.join(faults) or 'nothing saved yet'}", flush=True)
 

@@ -1,7 +1,7 @@
 """Does the demo learn on every seed, and with fast generation as without it? A table of whole runs.
 
-    python tests/study_demo.py                 # three seeds, with rollout.py's loop and with TRL's own generation
-    python tests/study_demo.py --seeds 1       # a try
+    python studies/study_demo.py                 # three seeds, with rollout.py's loop and with TRL's own generation
+    python studies/study_demo.py --seeds 1       # a try
 
 Every run is the command that a user types, in a process of its own; the first also makes the base that all others
 start from. Finished runs are kept in --output: the same command continues an interrupted study.

@@ -1,8 +1,8 @@
 """Which rewards teach? The tutorial's and ours, weighed and scaled in several ways, from one base.
 
-    python tests/study_rewards.py                          # 18 runs of one or two minutes; the table, docs/rewards.png
-    python tests/study_rewards.py --base-steps 140         # the same from a base that computes better
-    python tests/study_rewards.py --seeds 1 --steps 2      # a try
+    python studies/study_rewards.py                          # 18 runs of a minute or two; docs/rewards.png
+    python studies/study_rewards.py --base-steps 140         # the same from a base that computes better
+    python studies/study_rewards.py --seeds 1 --steps 2      # a try
 
 Every run is train_grpo.main() on the demo's problems, whose right answers reason over several lines, as real ones do,
 and whose sloppy ones take a single line. Finished runs are kept in --output: the same command continues the study.

@@ -1,6 +1,6 @@
 """What one GRPO step costs: TRL as it comes against this project, and against what this machine could do at best.
 
-    python tests/bench_step.py [--json FILE]
+    python studies/bench_step.py [--json FILE]
 
 Random weights, nothing is downloaded: on CUDA the true shape of Qwen2.5-0.5B, on a CPU the demo's. First the decode
 loop must agree with `model.generate`; then come a step, an evaluation, rows of unequal length, growth with completions

@@ -1,0 +1,44 @@
+"""How the program speaks: errors that a user can mend in one line, notes, and the start of every script."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Something the user can mend; the message is one line that names the value, the place and the remedy."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's `main`; a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    for stream in (sys.stdout, sys.stderr):  # a completion may hold what this console cannot show
+        stream.reconfigure(errors="replace")
+    try:
+        main()
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes on this machine one is enough
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line without its full stop; its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def note(text: str) -> None:
+    """A line that the main process prints for all."""
+    if os.environ.get("RANK", "0") == "0":  # set by torchrun and accelerate launch
+        print(f"note: {text}", flush=True)
+
+
+def refuse_missing_folder(name: str) -> None:
+    """Raises UserError for what can only be a folder and is not there: nobody should wait for the hub to say so."""
+    path = Path(name)
+    like_a_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name
+    inside_one = path.parent != Path(".") and path.parent.is_dir()
+    if (like_a_path or inside_one) and not path.exists():
+        raise UserError(f"there is no folder {name!r}; mend the path, or pass a hub id such as owner/name")

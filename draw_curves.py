@@ -1,0 +1,89 @@
+"""Curves of one run, or of several over each other.
+
+python draw_curves.py output                draw output/curves.png again, also while the run goes
+python draw_curves.py output other ...      draw several runs over each other, in output/comparison.png
+"""
+
+import argparse
+import logging
+from pathlib import Path
+from statistics import fmean
+
+from console import UserError, run
+
+History = list[dict[str, float]]
+
+# panel -> the upper end of its scale (None: as the data want) and its curves; of several runs only the first curve
+PANELS = {
+    "training: reward": (None, {"reward/total": "total", "reward/std": "standard deviation"}),
+    "training: completions": (1.02, {"correctness/correct": "correct", "format/soft_format": "format"}),
+    "held-out, 95 % interval": (1.02, {"heldout/strict": "strict", "heldout/format": "format"}),
+    "length in tokens": (None, {"length/mean": "training", "heldout/mean_tokens": "held-out"}),
+    "wasted": (1.02, {"reward/flat_groups": "groups without spread", "length/cut_off": "completions cut off"}),
+    "entropy": (None, {"training/entropy": "per token"}),
+}
+SMOOTH = 5  # steps in the mean that is drawn over the faint curve of single steps
+
+
+def read_history(output: Path) -> History:
+    """The rows of a run, from its TensorBoard files. Raises UserError where there are none."""
+    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+    if not (output / "runs").is_dir():
+        raise UserError(f"{str(output)!r} holds no run (it has no runs/); name a folder that train_grpo.py wrote")
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it would announce every resume
+    events = EventAccumulator(str(output / "runs"), size_guidance={SCALARS: 0}).Reload()  # 0: all of them
+    rows: dict[int, dict[str, float]] = {}
+    for tag in events.Tags()["scalars"]:
+        for event in events.Scalars(tag):
+            rows.setdefault(event.step, {"step": event.step})[tag] = event.value
+    return [rows[step] for step in sorted(rows)]
+
+
+def draw_curves(runs: dict[str, History], picture: Path) -> None:
+    """Draw one run, or several over each other, as 1000 x 600 pixels."""
+    from matplotlib.figure import Figure  # not pyplot: needs no display
+
+    figure = Figure(figsize=(10, 6), dpi=100, layout="constrained")
+    for axes, (title, (top, curves)) in zip(figure.subplots(2, 3, sharex=True).flat, PANELS.items(), strict=True):
+        if len(runs) > 1:
+            tag, what = next(iter(curves.items()))
+            title, lines = f"{title} ({what})", [(name, tag, history) for name, history in runs.items()]
+        else:
+            lines = [(label, tag, history) for tag, label in curves.items() for history in runs.values()]
+        for i, (label, tag, history) in enumerate(lines):
+            draw_curve(axes, history, tag, f"C{i}", label)
+        axes.set_title(title, fontsize=11)
+        axes.set_ylim(0, top)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=9)
+    figure.supxlabel("step", fontsize=10)
+    figure.savefig(picture)
+
+
+def draw_curve(axes, history: History, tag: str, color: str, label: str) -> None:
+    """One curve: points and interval where it comes from the held-out questions, else smoothed over the steps."""
+    rows = [row for row in history if tag in row]
+    steps, values = [row["step"] for row in rows], [row[tag] for row in rows]
+    if tag.startswith("heldout/"):
+        axes.plot(steps, values, color=color, label=label, marker="o", markersize=3)
+        if tag == "heldout/strict":
+            low, high = ([row[f"heldout/strict_{end}"] for row in rows] for end in ("low", "high"))
+            axes.fill_between(steps, low, high, color=color, alpha=0.15)
+        return
+    axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+    smooth = [fmean(values[max(0, end - SMOOTH) : end]) for end in range(1, len(values) + 1)]
+    axes.plot(steps, smooth, color=color, label=label)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="draw the curves of runs", allow_abbrev=False)
+    parser.add_argument("outputs", nargs="+", type=Path, help="a run's folder; several are drawn over each other")
+    outputs = parser.parse_args().outputs
+    picture = outputs[0] / ("curves.png" if len(outputs) == 1 else "comparison.png")
+    draw_curves({str(output): read_history(output) for output in outputs}, picture)
+    print(picture)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,94 @@
+"""Models as everything here uses them: where they compute, how they are loaded and checked, how a prompt is encoded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from console import UserError, first_line, note, refuse_missing_folder
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def pick_device(cpu: bool) -> tuple[torch.device, torch.dtype | None]:
+    """The device to compute on, and the dtype of autocast there (None: float32 throughout)."""
+    import torch
+
+    if cpu or not torch.cuda.is_available():
+        return torch.device("cpu"), None
+    # V100 and T4 have no bf16 units; fp16 would need loss scaling and overflows, so they compute in float32
+    return torch.device("cuda"), torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+
+
+def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model in float32 and its tokenizer, from a hub id, a saved model, a checkpoint or a LoRA adapter folder.
+
+    float32, although transformers would load bf16: updates of 1e-6 vanish in bf16 weights. An adapter is merged.
+
+    Raises:
+        UserError: nothing loadable there, weights missing, or a tokenizer that does not fit them or a conversation.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+
+    refuse_missing_folder(name)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    safe = {"trust_remote_code": False, "use_safetensors": True}  # a script or a pickle could do anything
+    wrong: list[str] = []
+    try:
+        if (Path(name) / "adapter_config.json").exists():
+            from peft import AutoPeftModelForCausalLM
+
+            model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=torch.float32, **safe).merge_and_unload()
+        else:
+            safe |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # it would say less
+            model, found = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **safe)
+            wrong = sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])])
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
+    except Exception as error:  # the hub's, the weights' and the tokenizers' readers have no common base class
+        where, remedy = "hub id", "Pass a local folder, or set HF_ENDPOINT=https://hf-mirror.com"
+        if Path(name).is_dir():
+            where, remedy = "folder", "Put a whole model there (config, *.safetensors, tokenizer) or name another"
+        raise UserError(f"cannot load the model {name!r} ({where}): {first_line(error)}. {remedy}") from error
+    if wrong:  # they would be random numbers
+        raise UserError(
+            f"the weights of {name!r} do not fit its config.json: {len(wrong)} are missing or of another shape, "
+            f"such as {wrong[0]}; get the model again"
+        )
+    check_tokenizer(model, tokenizer, name)
+    model.config.use_cache = True  # a Trainer leaves False in the checkpoints that it writes
+    return model, tokenizer
+
+
+def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raises UserError where the tokenizer cannot serve this model; where it would pad with its end token, mends it."""
+    if not tokenizer.chat_template:
+        raise UserError(f"the tokenizer of {name!r} has no chat template; use an instruction-tuned model")
+    ids, rows = set(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
+    ends = model.generation_config.eos_token_id
+    unknown = {end for end in (ends if isinstance(ends, list) else [ends]) if end is not None} - ids
+    fault = ""
+    if max(ids) >= rows:
+        fault = f"its ids go up to {max(ids)}, and the model knows {rows} tokens"
+    elif unknown:
+        fault = f"the model ends with token {min(unknown)}, which it has not"
+    elif tokenizer.eos_token is None:
+        fault = "it has no end token"
+    if fault:
+        raise UserError(f"the tokenizer of {name!r} is not this model's: {fault}; put the model's own beside it")
+    if tokenizer.pad_token in (None, tokenizer.eos_token):  # padding would look like ends: the model forgets to stop
+        special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        others = [token for token in special if token != tokenizer.eos_token]
+        if not others:
+            raise UserError(f"the tokenizer of {name!r} has no special token to pad with but its end token; add one")
+        old = tokenizer.pad_token
+        tokenizer.pad_token = next((token for token in others if "pad" in token or "endoftext" in token), others[0])
+        note(f"the tokenizer of {name!r} pads with {old}; here {tokenizer.pad_token} does")
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]]) -> list[list[int]]:
+    """Prompt token ids, up to and with the header of the assistant's turn."""
+    return tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=True)["input_ids"]
