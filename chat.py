@@ -7,6 +7,7 @@ echo 5分钟多少秒 | python chat.py output
 import argparse
 import sys
 
+import train_grpo
 from console import run
 from prompts import to_conversation
 
@@ -23,11 +24,10 @@ def main() -> None:
     import torch
     from transformers import TextStreamer
 
-    from evaluate import trained_recipe
-    from models import encode, load_model, pick_device
+    from models import encode, find_beside, load_model, pick_device
     from rollout import make_sampler
 
-    recipe = trained_recipe(flags.model)
+    recipe = train_grpo.default_recipe() | find_beside(flags.model, "recipe/recipe.json")
     model, tokenizer = load_model(flags.model)
     device, autocast = pick_device(flags.cpu)
     sampler = make_sampler(model.to(device).eval(), tokenizer, autocast)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
 import re
 import shlex
@@ -17,17 +16,12 @@ import shutil
 import signal
 import sys
 import tempfile
-import traceback
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from datetime import timedelta
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from peft import PeftModel
 from safetensors import safe_open
 from transformers import Trainer, TrainerCallback
@@ -42,110 +36,18 @@ TRAINED = ["checkpoint-*", "*.safetensors", "adapter"]
 BEGUN = ["results.json", "samples.jsonl", "runs", "curves.png", "recipe"]
 # What a killed run was about to write, or to delete.
 LEFTOVERS = [".tmp-checkpoint-*", ".tmp-old-checkpoint-*", ".tmp-model", ".tmp-*.json*"]
-
-# Constants that may differ when a run is resumed: they say how it is computed, kept and shown, not what is trained.
-# MAX_STEPS and EPOCHS are not among them, since the learning rate falls to zero over all steps.
-FREE = {"OUTPUT_DIR", "MICRO_BATCH", "GRADIENT_CHECKPOINTING", "SAVE_EVERY", "SAVE_LIMIT", "LOG_EVERY"}
-FREE |= {"SAMPLE_EVERY", "EVAL_EVERY", "EVAL_BATCH", "FAST_ROLLOUT", "USE_VLLM", "versions"}
-
-
-def _whole(holds: Callable[[int], bool]) -> Callable[[Any], bool]:
-    return lambda value: type(value) is int and holds(value)
-
-
-def _number(holds: Callable[[float], bool]) -> Callable[[Any], bool]:
-    return lambda value: type(value) in (int, float) and math.isfinite(value) and holds(value)
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _each(right: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list | tuple) and all(map(right, value))
-
-
-LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo")  # those that need no other setting of TRL's
-RULES = {  # what a constant has to be -> the test, the constants
-    "a text": (_text, "MODEL DATASET OUTPUT_DIR PROBE_QUESTION"),
-    "True or False": (lambda value: isinstance(value, bool), "GRADIENT_CHECKPOINTING USE_LORA FAST_ROLLOUT USE_VLLM"),
-    "a whole number, 1 or more": (
-        _whole(lambda value: value >= 1),
-        "QUESTIONS_PER_STEP MICRO_BATCH MAX_PROMPT_TOKENS MAX_COMPLETION_TOKENS LORA_RANK "
-        "SAVE_EVERY SAVE_LIMIT LOG_EVERY SAMPLE_EVERY EVAL_EVERY EVAL_QUESTIONS EVAL_BATCH",
-    ),
-    # a group of one is its own baseline
-    "a whole number, 2 or more": (_whole(lambda value: value >= 2), "COMPLETIONS_PER_QUESTION"),
-    "a whole number, 0 or more": (_whole(lambda value: value >= 0), "WARMUP_STEPS TOP_K"),
-    "a whole number from 0 to 2**32 - 1": (_whole(lambda value: 0 <= value < 2**32), "SEED"),  # numpy takes no other
-    "-1 or a whole number, 1 or more": (_whole(lambda value: value == -1 or value >= 1), "MAX_STEPS"),
-    "a number above 0": (
-        _number(lambda value: value > 0),
-        "LEARNING_RATE LORA_LEARNING_RATE LORA_ALPHA EPOCHS TEMPERATURE REPETITION_PENALTY",
-    ),
-    "a number, 0 or more": (_number(lambda value: value >= 0), "WEIGHT_DECAY MAX_GRAD_NORM BETA"),
-    "a number above 0, at most 1": (_number(lambda value: 0 < value <= 1), "TOP_P"),
-    "a number from 0, below 1": (_number(lambda value: 0 <= value < 1), "LORA_DROPOUT"),
-    "a list of numbers from 0, below 1": (_each(_number(lambda value: 0 <= value < 1)), "ADAM_BETAS"),
-    "a list of numbers, 0 or more": (_each(_number(lambda value: value >= 0)), "REWARD_WEIGHTS"),
-    "a list of texts": (_each(_text), "LORA_MODULES"),
-    f"one of {', '.join(LOSSES)}": (LOSSES.__contains__, "LOSS_TYPE"),
-    "one of group, batch, none": (("group", "batch", "none").__contains__, "SCALE_REWARDS"),
-}
-
-
-def check_constants(recipe: SimpleNamespace) -> None:
-    """Raises UserError for the first constant of a wrong type or out of its range, or for a vLLM that is not there."""
-    for words, (right, names) in RULES.items():
-        for name in names.split():
-            value = getattr(recipe, name)
-            if not right(value):
-                raise UserError(f"{name} = {value!r} is not {words}; mend it in train_grpo.py, or by its flag")
-    if recipe.USE_VLLM and importlib.util.find_spec("vllm") is None:
-        raise UserError("USE_VLLM = True needs vLLM: pip install vllm==0.30.0, or set it to False")
+# Constants that make what the weights are: a checkpoint fits no others. All else may change when a run is resumed.
+UNFIT = {"MODEL", "USE_LORA", "LORA_RANK", "LORA_ALPHA", "LORA_MODULES"}
 
 
 # -------------------------------------------------------------------------------------- the output folder, before
-def once(work: Callable[[], Any], cpu: bool) -> Any:
-    """What `work()` returns, done by the main process while all others wait for it.
+def find(output: Path, recipe: SimpleNamespace, resume: bool) -> Path | None:
+    """The checkpoint that a run in `output` continues, None for a new run. Only looks: `begin` then changes things.
 
     Raises:
-        UserError: the one that `work` raised, in every process, so that none is left waiting.
+        UserError: a new run where something trained lies already; nothing complete to resume, or nothing left to do;
+            a recipe whose model the saved weights do not fit; no folder that can be written to.
     """
-    state = PartialState(cpu=cpu, timeout=timedelta(minutes=30))  # Trainer's own; NCCL's 10 are short
-    outcome: list[Any] = [None, None]
-    if state.is_main_process:
-        try:
-            outcome[0] = work()
-        except UserError as error:
-            outcome[1] = str(error)
-    broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
-    return outcome[0]
-
-
-def claim(output: Path) -> None:
-    """Make `output` ready for a new run, and clear away a run that ended before its first save.
-
-    Raises:
-        UserError: it holds something that was trained, is no folder, or cannot be written to.
-    """
-    _clean(output)
-    held = [path for pattern in TRAINED for path in sorted(output.glob(pattern))]
-    finished = read_results(output).get("finished")
-    if held or finished:
-        raise UserError(
-            f"{str(output)!r} already holds a {'finished ' if finished else ''}run "
-            f"({held[0].name if held else 'results.json'}), which is never overwritten; "
-            f"{'' if finished else 'continue it with --resume, or '}name another folder with --output"
-        )
-    if (output / "recipe" / "recipe.json").exists():  # else these names are somebody else's
-        _delete(output / name for name in BEGUN)
-
-
-def _clean(output: Path) -> None:
-    """Delete what a killed run left half-done. Raises UserError where nothing can be written."""
     there = next(path for path in (output, *output.absolute().parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=there):  # tried, since no look at permissions tells about all file systems
@@ -153,37 +55,81 @@ def _clean(output: Path) -> None:
     except OSError as error:
         what = "is a file" if there == output and output.is_file() else f"cannot be written to ({error.strerror})"
         raise UserError(f"--output {str(output)!r} {what}; name another folder") from error
+    results = read_results(output)
+    held = [path.name for pattern in TRAINED for path in sorted(output.glob(pattern))]
+    if results.get("finished"):
+        held.append("results.json")
+    if not resume:
+        if held:
+            raise UserError(
+                f"{str(output)!r} already holds a run ({held[0]}), which is never overwritten; "
+                "continue it with --resume, or name another folder with --output"
+            )
+        return None
+    checkpoint = newest_checkpoint(output)
+    changes = changed_constants(output, recipe)
+    for name in UNFIT & changes.keys():
+        raise UserError(
+            f"{name} was {changes[name][0]!r} and is {changes[name][1]!r}: the weights saved in {str(output)!r} do not "
+            "fit that; change it back, or start another run with --output"
+        )
+    done = results.get("finished") and results["steps"] == step_of(checkpoint) and any(output.glob("*.safetensors"))
+    if done and not {"MAX_STEPS", "EPOCHS"} & changes.keys():
+        raise UserError(
+            f"the run in {str(output)!r} is finished, nothing is left to resume; start another with --output"
+        )
+    return checkpoint
+
+
+def begin(output: Path, recipe: SimpleNamespace, checkpoint: Path | None) -> dict:
+    """Make `output` ready once nothing can be refused any more; returns the results of a resumed run so far.
+
+    What a killed run left half-done goes, and for a new run one that ended before its first save. For a resumed one,
+    newer checkpoints, which are damaged, are set aside, and changed constants are named and recorded.
+    """
     for pattern in LEFTOVERS:
         _delete(output.glob(pattern))
+    if checkpoint is None:
+        if (output / "recipe" / "recipe.json").exists():  # else these names are somebody else's
+            _delete(output / name for name in BEGUN)
+        save_recipe(output, recipe)
+        return {}
+    for damaged in (path for path in list_checkpoints(output) if step_of(path) > step_of(checkpoint)):
+        aside = damaged.with_name(f"damaged-{damaged.name}")  # no rotation counts it, no later save meets it
+        shutil.rmtree(aside, ignore_errors=True)
+        note(f"{damaged.name} skipped, it is damaged ({find_fault(damaged)}); it is now {aside.name}")
+        damaged.rename(aside)
+    changes = changed_constants(output, recipe)
+    for name, (before, now) in changes.items():
+        note(f"from {checkpoint.name} on {name} is {now!r}, no longer {before!r}")
+    if changes:
+        old = output / "recipe" / f"recipe-until-{step_of(checkpoint)}.json"
+        if not old.exists():
+            shutil.copy(output / "recipe" / "recipe.json", old)
+        save_recipe(output, recipe)
+    results = read_results(output)
+    results.pop("finished", None)  # comes last in the file and in the summary
+    return results
 
 
 def _delete(paths: Iterable[Path]) -> None:
     for path in paths:
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def newest_checkpoint(output: Path) -> Path:
-    """The newest complete checkpoint. Damaged newer ones are named and renamed to `damaged-checkpoint-N`.
-
-    Raises:
-        UserError: there is no complete one, or the folder cannot be written to.
-    """
-    damaged = {}
-    _clean(output)
+    """The newest complete checkpoint. Raises UserError where there is none, naming each damaged one."""
+    damaged = []
     for path in reversed(list_checkpoints(output)):
-        if fault := find_fault(path):
-            damaged[path] = fault
-            continue
-        for other, other_fault in damaged.items():
-            aside = other.with_name(f"damaged-{other.name}")  # no rotation counts it, no later save meets it
-            shutil.rmtree(aside, ignore_errors=True)
-            other.rename(aside)
-            note(f"{other.name} skipped, it is damaged ({other_fault}); it is now {aside.name}")
-        return path
-    faults = "; ".join(f"{path.name} is damaged: {fault}" for path, fault in damaged.items())
+        if (fault := find_fault(path)) is None:
+            return path
+        damaged.append(f"{path.name} is damaged: {fault}")
     raise UserError(
         f"--resume: {str(output)!r} holds no complete checkpoint"
-        + (f" ({faults}); start a new run in another --output" if faults else "; start without --resume")
+        + (f" ({'; '.join(damaged)}); start a new run in another --output" if damaged else "; start without --resume")
     )
 
 
@@ -200,12 +146,12 @@ def step_of(checkpoint: Path) -> int:
 def find_fault(checkpoint: Path) -> str | None:
     """Why this checkpoint cannot be resumed from; None where it is complete. Cheap: no tensor is read."""
     files = sorted(path for path in checkpoint.iterdir() if path.is_file())
-    wanted = {"trainer_state.json": "*_state.json", "scheduler.pt": "scheduler.pt", "rng_state.pth": "rng_state*.pth"}
-    if len(files) == len(list(checkpoint.iterdir())):  # FSDP and DeepSpeed keep weights and optimizer in folders
-        wanted |= {"optimizer.pt": "optimizer.pt", "weights (*.safetensors)": "*.safetensors"}
-    for name, pattern in wanted.items():
+    wanted = ["trainer_state.json", "scheduler.pt", "rng_state*.pth", "*.safetensors"]
+    if len(files) == len(list(checkpoint.iterdir())):  # DeepSpeed keeps the optimizer in a folder
+        wanted.append("optimizer.pt")
+    for pattern in wanted:
         if not any(checkpoint.glob(pattern)):
-            return f"no {name}"
+            return f"no {pattern}"
     for file in files:
         try:
             if file.suffix == ".json":
@@ -288,43 +234,18 @@ def save_recipe(output: Path, recipe: SimpleNamespace) -> None:
     write_json(folder / "recipe.json", _describe(recipe))
 
 
-def check_recipe(output: Path, recipe: SimpleNamespace, checkpoint: Path, force: bool) -> None:
-    """Hold the recipe against the one that `output` was begun with; with `force`, continue under the new one.
-
-    Raises:
-        UserError: constants differ (those in FREE may), and not `force`: it names each of them; or they do not, and
-            the run is finished.
-    """
-    file = output / "recipe" / "recipe.json"
-    before, now = _read_json(file), _describe(recipe)
-    inside = [f"{described['OUTPUT_DIR']}{os.sep}" for described in (before, now)]  # the folder may have been moved
-    changes = [
-        f"{name} {before.get(name)!r} -> {now.get(name)!r}"
-        for name in sorted((before.keys() | now.keys()) - FREE)
-        if _inside(before.get(name), inside[0]) != _inside(now.get(name), inside[1])
-    ]
-    if changes and not force:
-        raise UserError(
-            f"the recipe has changed since {str(output)!r} was begun: {', '.join(changes)}; change it back, pass "
-            "--force-recipe to continue under the new one, or start another run with --output"
-        )
-    if changes:
-        note(f"continuing {checkpoint.name} under a changed recipe: {', '.join(changes)}")
-        shutil.copy(file, file.with_name(f"recipe-until-{step_of(checkpoint)}.json"))
-        save_recipe(output, recipe)
-    elif _is_finished(output, checkpoint):
-        raise UserError(
-            f"the run in {str(output)!r} is finished, nothing is left to resume; start another with --output"
-        )
-
-
-def _is_finished(output: Path, checkpoint: Path) -> bool:
-    results, saved = read_results(output), any(output.glob("*.safetensors"))
-    return saved and results.get("finished", False) and results["steps"] == step_of(checkpoint)
-
-
-def _inside(value: Any, folder: str) -> Any:
-    return value.removeprefix(folder) if isinstance(value, str) else value
+def changed_constants(output: Path, recipe: SimpleNamespace) -> dict[str, tuple]:
+    """The constants, prompt and versions that differ from what `output` was begun with: name -> (before, now)."""
+    before, now = _read_json(output / "recipe" / "recipe.json"), _describe(recipe)
+    old, new = (f"{described.pop('OUTPUT_DIR')}{os.sep}" for described in (before, now))
+    for name, value in before.items():
+        if isinstance(value, str) and value.startswith(old):  # the demo's model: the folder may have been moved
+            before[name] = new + value.removeprefix(old)
+    return {
+        name: (before.get(name), now.get(name))
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    }
 
 
 def save_trained(trainer: Trainer, output: Path) -> None:
@@ -376,30 +297,15 @@ def _sync(path: Path) -> None:
 
 
 def publish(temporary: Path, final: Path) -> None:
+    """Make a checkpoint appear under its name, all of it at once."""
     for path in [*temporary.rglob("*"), temporary]:
         _sync(path)
+    old = final.with_name(f".tmp-old-{final.name}")
     if final.exists():
-        _remove(final)
+        final.rename(old)
     temporary.rename(final)
     _sync(final.parent)
-
-
-def _remove(checkpoint: Path) -> None:
-    """Delete a checkpoint under another name, so that a kill half-way leaves no damaged one."""
-    doomed = checkpoint.with_name(f".tmp-old-{checkpoint.name}")
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
-
-
-def rotate(output: Path, limit: int, best_step: int | None) -> None:
-    """Keep `limit` checkpoints: the newest one and the best one always, then the next newest."""
-    steps = [step_of(path) for path in reversed(list_checkpoints(output))]
-    keep = {steps[0], best_step} & set(steps)
-    keep |= set([step for step in steps if step not in keep][: max(limit - len(keep), 0)])
-    for step in steps:
-        if step not in keep:
-            with suppress(OSError):  # it stays, and the next save tries again
-                _remove(output / f"checkpoint-{step}")
+    _delete([old])
 
 
 class StopSignals(TrainerCallback):
@@ -437,7 +343,7 @@ class StopSignals(TrainerCallback):
         """End the program as the signal wanted, having kept the results so far and said how to go on."""
         if os.environ.get("RANK", "0") == "0":
             write_json(output / "results.json", results | {"finished": False})
-            words = [word for word in sys.argv if word not in ("--resume", "--force-recipe")]
+            words = [word for word in sys.argv if word != "--resume"]
             launcher = "python" if os.environ.get("WORLD_SIZE", "1") == "1" else "(the same launcher)"
             saved = list_checkpoints(output)
             how = (
@@ -445,49 +351,3 @@ class StopSignals(TrainerCallback):
             )
             print(f"stopped by {signal.Signals(self.signal).name}; {how}", flush=True)
         sys.exit(128 + self.signal)
-
-
-@contextmanager
-def memory_advice(recipe: SimpleNamespace, model: torch.nn.Module, processes: int) -> Iterator[None]:
-    """Turns a GPU's out-of-memory error in the `with` block into a UserError that says what to lower."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        files = {Path(frame.filename).name for frame in traceback.extract_tb(error.__traceback__)}
-        advice = advise(recipe, model, processes, generating="rollout.py" in files)
-        if os.environ.get("LOCAL_RANK", "0") != "0":  # maybe alone in this, and `run` lets only the first one speak
-            print(f"error: {advice}", file=sys.stderr, flush=True)
-        raise UserError(advice) from error
-
-
-def advise(recipe: SimpleNamespace, model: torch.nn.Module, processes: int, generating: bool) -> str:
-    """The constants to lower when a GPU's memory is full, the cheapest first, each with what it is worth."""
-    config, tokens = model.config, recipe.MAX_PROMPT_TOKENS + recipe.MAX_COMPLETION_TOKENS
-    rows = recipe.QUESTIONS_PER_STEP * recipe.COMPLETIONS_PER_QUESTION // processes
-    head = config.hidden_size // config.num_attention_heads
-    cache = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * head * rows * tokens / 1e9  # of two bytes
-    weights = 4 * sum(p.numel() for p in model.parameters()) / 1e9
-    smaller = max((n for n in range(1, recipe.MICRO_BATCH) if recipe.MICRO_BATCH % n == 0), default=0)
-    same = [  # training stays the same
-        (smaller, f"MICRO_BATCH {recipe.MICRO_BATCH} -> {smaller} (slower)"),
-        (not recipe.GRADIENT_CHECKPOINTING, "GRADIENT_CHECKPOINTING = True (about a quarter slower)"),
-        (recipe.EVAL_BATCH > rows, f"EVAL_BATCH {recipe.EVAL_BATCH} -> {rows}"),
-    ]
-    other = [
-        (recipe.BETA and not recipe.USE_LORA, f"BETA = 0 (frees the reference model, {weights:.1f} GB)"),
-        (True, f"MAX_COMPLETION_TOKENS ({rows} x {tokens} tokens at a time keep {cache:.1f} GB of keys and values)"),
-        (recipe.QUESTIONS_PER_STEP > 1, f"QUESTIONS_PER_STEP {recipe.QUESTIONS_PER_STEP} (the same)"),
-        (not recipe.USE_LORA, f"USE_LORA = True (frees {3 * weights:.1f} GB of gradients and optimizer state)"),
-    ]
-    if generating:  # where micro batches play no part
-        same = same[2:]
-    used = ""
-    if torch.cuda.is_available():
-        total = torch.cuda.get_device_properties().total_memory
-        used = f" ({torch.cuda.max_memory_allocated() / 1e9:.1f} of {total / 1e9:.1f} GB used)"
-    cheap, costly = ("; ".join(text for holds, text in group if holds) for group in (same, other))
-    return (
-        f"out of GPU memory{used} while {'generating' if generating else 'training'}; lower, the cheapest first: "
-        + (f"{cheap}, all of which --resume allows; " if cheap else "")
-        + f"then, as a new run, {costly}"
-    )

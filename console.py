@@ -1,9 +1,12 @@
 """How the program speaks: errors that a user can mend in one line, notes, and the start of every script."""
 
+import math
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 class UserError(Exception):
@@ -35,10 +38,41 @@ def note(text: str) -> None:
         print(f"note: {text}", flush=True)
 
 
-def refuse_missing_folder(name: str) -> None:
-    """Raises UserError for what can only be a folder and is not there: nobody should wait for the hub to say so."""
+def refuse_missing_folder(name: str, what: str) -> None:
+    """Raises UserError for what can only be a folder and is not there: nobody should wait for the hub to say so.
+
+    Args:
+        name: a hub id or a folder.
+        what: how the message calls it, with the constant or flag to mend.
+    """
     path = Path(name)
     like_a_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name
     inside_one = path.parent != Path(".") and path.parent.is_dir()
     if (like_a_path or inside_one) and not path.exists():
-        raise UserError(f"there is no folder {name!r}; mend the path, or pass a hub id such as owner/name")
+        raise UserError(f"{what}: there is no folder {name!r}; mend the path, or pass a hub id such as owner/name")
+
+
+def constants_of(script: ModuleType) -> dict[str, Any]:
+    """A script's constants, by name: what stands at its top in capitals with a type."""
+    return {name: getattr(script, name) for name in get_type_hints(script) if name.isupper()}
+
+
+def check_types(recipe: SimpleNamespace, script: ModuleType) -> None:
+    """Raises UserError for the first constant of a recipe that is not of the type that `script` gives it."""
+    words = {str: "a text", bool: "True or False", int: "a whole number", float: "a number"}
+    words |= {list[str]: "a list of texts", tuple[float, float]: "two numbers"}
+    for name, kind in get_type_hints(script).items():
+        if name.isupper() and not is_a(value := getattr(recipe, name), kind):
+            allowed = words.get(kind) or f"one of {', '.join(map(repr, get_args(kind)))}"
+            raise UserError(f"{name} = {value!r} is not {allowed}; mend it in {Path(script.__file__).name}")
+
+
+def is_a(value: Any, kind: Any) -> bool:
+    """Whether a value is what an annotation says. True and NaN are no numbers, an empty text is no text."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) in (list, tuple):
+        return isinstance(value, list | tuple) and all(is_a(each, get_args(kind)[0]) for each in value)
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind and value != ""

@@ -2,20 +2,23 @@
 
 The model learns by imitation to compute, and two ways to answer: carefully, line by line, or sloppily, with the first
 fact that comes to mind (1分钟是60秒 -> 60), as the model of the tutorial did. Mostly it is sloppy; GRPO mends that.
-
-    python demo.py      make it in output/demo/base; print how often it is right by itself, and if made to be careful
 """
 
+import hashlib
 import random
+import re
 import shutil
-import time
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from console import run
-from prompts import ANSWER_COLUMN, QUESTION_COLUMN, to_conversation
+from prompts import ANSWER_COLUMN, QUESTION_COLUMN, SYSTEM_PROMPT, to_conversation
+
+# The data set
+TRAIN_QUESTIONS = 1600
+TEST_QUESTIONS = 240
+SEED = 0  # of the questions, the traces, the weights and their training; --seed varies the GRPO run only
 
 # What the constants of train_grpo.py become for so small a model
 RECIPE = {
@@ -26,14 +29,10 @@ RECIPE = {
     "LEARNING_RATE": 5e-4,
     "MAX_STEPS": 50,
     "EVAL_EVERY": 5,
+    "EVAL_QUESTIONS": TEST_QUESTIONS,
     "BETA": 0.0,  # there is nothing worth staying close to
     "MAX_COMPLETION_TOKENS": 64,  # a careful answer has about 35
 }
-
-# The data set
-TRAIN_QUESTIONS = 1600
-TEST_QUESTIONS = 240
-SEED = 0  # of the questions, the traces, the weights and their training; --seed varies the GRPO run only
 
 # The model
 VOCABULARY = 800  # tokens, 256 of them bytes
@@ -164,23 +163,37 @@ def draw_problems(part: str, count: int) -> list[Problem]:
     return list(problems.values())
 
 
+def folders(base: Path) -> tuple[str, str]:
+    """Where the demo's model and data set lie, or will lie."""
+    return str(base / "model"), str(base / "data")
+
+
 def make_demo(folder: str | Path, steps: int = SFT_STEPS) -> tuple[str, str]:
-    """The folders of the base model and of the data set; made in `folder` once, and found there ever after.
+    """The folders of the base model and of the data set; made in `folder` once, and anew after what makes them changed.
 
     Both are renamed into place at the end, so that nothing half-made looks complete.
     """
     model_folder, data_folder, unfinished = (Path(folder, name) for name in ("model", "data", "unfinished"))
-    if not (model_folder.exists() and data_folder.exists()):
+    seal = model_folder / "made_by"  # of the model folder, since that is renamed last
+    if not (data_folder.exists() and seal.exists() and seal.read_text() == fingerprint()):
+        what = "making problems and a tiny model" + (" anew: the demo has changed" if model_folder.exists() else "")
+        print(f"base: {what}, in {folder}, once", flush=True)
         for leftover in (model_folder, data_folder, unfinished):
             shutil.rmtree(leftover, ignore_errors=True)
-        print(f"base: making problems and a tiny model in {folder}, once", flush=True)
         splits = {"train": draw_problems("train", TRAIN_QUESTIONS), "test": draw_problems("test", TEST_QUESTIONS)}
         save_data(splits, unfinished / "data")
         teach_base(draw_problems("traces", TRACES), steps, unfinished / "model")
+        (unfinished / "model" / seal.name).write_text(fingerprint())
         (unfinished / "data").rename(data_folder)
         (unfinished / "model").rename(model_folder)
         shutil.rmtree(unfinished)
     return str(model_folder), str(data_folder)
+
+
+def fingerprint() -> str:
+    """Tells apart what makes a base: the prompt and this file, but for RECIPE, which is there to be played with."""
+    source = re.sub(r"^RECIPE = \{.*?^\}", "", Path(__file__).read_text(encoding="utf-8"), flags=re.M | re.S)
+    return hashlib.sha256((source + SYSTEM_PROMPT).encode()).hexdigest()
 
 
 def save_data(splits: dict[str, list[Problem]], folder: Path) -> None:
@@ -252,32 +265,3 @@ def teach_base(traces: list[Problem], steps: int, folder: Path) -> None:
     model.config.use_cache = True  # the trainer switched it off
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def main() -> None:
-    """Make the base, then show that it can compute but mostly does not care to."""
-    from accuracy import grade
-    from models import encode, load_model
-    from rollout import make_sampler
-
-    started = time.perf_counter()
-    model_folder, _ = make_demo("output/demo/base")
-    print(f"base: in {model_folder} after {time.perf_counter() - started:.0f} s")
-    problems = draw_problems("test", TEST_QUESTIONS)
-    model, tokenizer = load_model(model_folder)
-    sampler = make_sampler(model.eval(), tokenizer, None)
-    prompts = encode(tokenizer, [to_conversation(p.question) for p in problems])
-    right = {}
-    for column, forced in (("by itself", ""), ("if careful", f"<think>\n{CAREFUL}")):
-        begun = [ids + tokenizer(forced)["input_ids"] for ids in prompts]
-        completions = sampler.generate(begun, RECIPE["MAX_COMPLETION_TOKENS"])
-        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-        right[column] = [grade(forced + t, p.answer)["strict"] for t, p in zip(texts, problems, strict=True)]
-    print(f"{'right':<10}" + "".join(f"{column:>12}" for column in right))
-    for kind in [*KINDS, "all"]:
-        chosen = [i for i, p in enumerate(problems) if kind in (p.kind, "all")]
-        print(f"{kind:<10}" + "".join(f"{sum(row[i] for i in chosen) / len(chosen):>12.1%}" for row in right.values()))
-
-
-if __name__ == "__main__":
-    run(main)

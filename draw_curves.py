@@ -10,8 +10,7 @@ from pathlib import Path
 from statistics import fmean
 
 from console import UserError, run
-
-History = list[dict[str, float]]
+from monitor import History
 
 # panel -> the upper end of its scale (None: as the data want) and its curves; of several runs only the first curve
 PANELS = {
@@ -25,8 +24,8 @@ PANELS = {
 SMOOTH = 5  # steps in the mean that is drawn over the faint curve of single steps
 
 
-def read_history(output: Path) -> History:
-    """The rows of a run, from its TensorBoard files. Raises UserError where there are none."""
+def read_history(output: Path, until: int | None = None) -> History:
+    """The rows of a run, up to a step, from its TensorBoard files. Raises UserError where there are none."""
     from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
     if not (output / "runs").is_dir():
@@ -37,7 +36,7 @@ def read_history(output: Path) -> History:
     for tag in events.Tags()["scalars"]:
         for event in events.Scalars(tag):
             rows.setdefault(event.step, {"step": event.step})[tag] = event.value
-    return [rows[step] for step in sorted(rows)]
+    return [rows[step] for step in sorted(rows) if until is None or step <= until]
 
 
 def draw_curves(runs: dict[str, History], picture: Path) -> None:

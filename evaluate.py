@@ -9,31 +9,14 @@ import argparse
 import json
 from pathlib import Path
 
-from accuracy import evaluate
+import train_grpo
+from accuracy import describe, evaluate
 from console import UserError, run
-from models import load_model, pick_device
+from models import find_beside, load_model, pick_device
 from prompts import load_questions
 
 
-def find_beside(model: str, name: str) -> dict | None:
-    """A JSON file that training wrote into a model's folder, or above it for a checkpoint or an adapter."""
-    for folder in (Path(model), Path(model).parent):
-        if Path(model).is_dir() and (folder / name).is_file():
-            return json.loads((folder / name).read_text(encoding="utf-8"))
-    return None
-
-
-def trained_recipe(model: str) -> dict:
-    """The constants that a model was trained under; those of train_grpo.py for a model from elsewhere."""
-    import train_grpo  # it imports this file, so not at the top
-
-    constants = vars(train_grpo.make_recipe(train_grpo.parse_flags([])))
-    return constants | (find_beside(model, "recipe/recipe.json") or {})
-
-
 def main() -> None:
-    from rollout import make_sampler
-
     parser = argparse.ArgumentParser(description="accuracy on held-out questions", allow_abbrev=False)
     parser.add_argument("model", help="hub id, saved model, checkpoint or adapter folder")
     parser.add_argument("--dataset", help="hub id or folder (default: what the model was trained on)")
@@ -45,9 +28,11 @@ def main() -> None:
     if flags.limit is not None and flags.limit < 1:
         raise UserError(f"--limit {flags.limit}: at least 1 question is needed")
 
-    recipe = trained_recipe(flags.model)
+    from rollout import make_sampler
+
+    recipe = train_grpo.default_recipe() | find_beside(flags.model, "recipe/recipe.json")
     model, tokenizer = load_model(flags.model)
-    dataset = flags.dataset or (find_beside(flags.model, "results.json") or recipe).get("dataset", recipe["DATASET"])
+    dataset = flags.dataset or find_beside(flags.model, "results.json").get("dataset", recipe["DATASET"])
     questions = load_questions(dataset, flags.split)
     questions = questions.select(range(min(flags.limit or len(questions), len(questions))))
     device, autocast = pick_device(flags.cpu)
@@ -63,13 +48,10 @@ def main() -> None:
     (folder / "eval.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     (folder / "eval.jsonl").write_text("".join(lines), encoding="utf-8")
-    low, high = figures.pop("strict_ci95")
-    print(f"{'model':<14}{flags.model}\n{'data set':<14}{dataset}, split {flags.split}")
-    for name, value in figures.items():
-        interval = f"  (95 % interval {low:.1%} to {high:.1%})" if name == "strict" else ""
-        text = f"{value:.1%}" if name in ("strict", "flexible", "format", "truncated") else f"{value:g}"
-        print(f"{name:<14}{text}{interval}")
-    print(f"{'written':<14}{folder / 'eval.json'}, {folder / 'eval.jsonl'}")
+    print(f"model      {flags.model}")
+    print(f"data       {dataset}, split {flags.split}")
+    print(f"accuracy   {describe(figures)}")
+    print(f"written    {folder / 'eval.json'}, {folder / 'eval.jsonl'}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from console import UserError, first_line, note, refuse_missing_folder
 
 if TYPE_CHECKING:
     import torch
+    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -33,7 +35,7 @@ def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
-    refuse_missing_folder(name)
+    refuse_missing_folder(name, "the model")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     safe = {"trust_remote_code": False, "use_safetensors": True}  # a script or a pickle could do anything
@@ -92,3 +94,26 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 def encode(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]]) -> list[list[int]]:
     """Prompt token ids, up to and with the header of the assistant's turn."""
     return tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def drop_long(questions: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int, at_least: int) -> Dataset:
+    """The questions whose prompts have at most `limit` tokens (MAX_PROMPT_TOKENS).
+
+    Raises:
+        UserError: fewer than `at_least` (QUESTIONS_PER_STEP) are left, too few for a single step.
+    """
+    kept = questions.filter(lambda prompt: len(encode(tokenizer, [prompt])[0]) <= limit, input_columns="prompt")
+    if len(kept) < at_least:
+        raise UserError(
+            f"{len(kept)} of {len(questions)} training questions have at most MAX_PROMPT_TOKENS {limit} tokens, fewer "
+            f"than QUESTIONS_PER_STEP {at_least}; change one of these constants, or pass a larger --dataset"
+        )
+    return kept
+
+
+def find_beside(model: str, name: str) -> dict:
+    """A JSON file that training wrote into a model's folder, or above it for a checkpoint or an adapter; else {}."""
+    for folder in (Path(model), Path(model).parent):
+        if Path(model).is_dir() and (folder / name).is_file():
+            return json.loads((folder / name).read_text(encoding="utf-8"))
+    return {}

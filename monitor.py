@@ -1,7 +1,4 @@
-"""What a person watches while a run goes: the console, TensorBoard, samples, alarms, and a picture at the end.
-
-    python monitor.py output                draw output/curves.png again, also while the run goes
-    python monitor.py output other ...      draw several runs over each other, in output/comparison.png
+"""What a person watches while a run goes: the console, TensorBoard, samples and alarms.
 
 The history of a run is a list of rows, one per step: {"step": 12, "reward/total": 5.1, "heldout/strict": 0.4, ...}.
 On disk it lives in TensorBoard's files under `runs/` and nowhere else; alarms and curves are functions of it.
@@ -20,16 +17,25 @@ from operator import mul
 from pathlib import Path
 from statistics import fmean, median
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 
-from accuracy import describe, evaluate
+from accuracy import describe, evaluate, summarize
 from console import UserError
-from draw_curves import History, draw_curves, read_history
+from prompts import to_conversation
 from rewards import extract_answer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import Trainer
+
+    from rollout import Rollout
+
+History = list[dict[str, float]]
 
 # ------------------------------------------------------------------------------------------------------ the alarms
 WINDOW = 20  # steps; an alarm judges means over so many, since single steps are noise
@@ -117,7 +123,7 @@ def not_finite(logs: dict) -> str | None:
         return None
     return (
         f"{', '.join(bad)} not finite: stopped, saving nothing. Lower LEARNING_RATE, or mend the reward, and continue "
-        "the last checkpoint with --resume --force-recipe"
+        "the last checkpoint with --resume"
     )
 
 
@@ -176,65 +182,88 @@ class Monitor(TrainerCallback):
 
     Args:
         recipe: how often to look, at how many questions, and where to write.
+        trainer: the run.
+        rollout: whose sampler answers held-out questions.
         test: held-out questions; a fixed sample of them is answered every EVAL_EVERY steps.
+        history: the rows of an earlier start of this run, up to the checkpoint that is being continued.
     """
 
-    def __init__(self, recipe: SimpleNamespace, test) -> None:
+    def __init__(
+        self, recipe: SimpleNamespace, trainer: Trainer, rollout: Rollout, test: Dataset, history: History
+    ) -> None:
         self.recipe, self.output = recipe, Path(recipe.OUTPUT_DIR)
+        self.trainer, self.rollout, self.test = trainer, rollout, test
         # drawn once: every look, every run and every seed answers the same questions
-        rows = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[: recipe.EVAL_QUESTIONS]
-        self.held_out = test.select(sorted(rows.tolist()))
-        self.history: History = []
+        order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
+        self.held_out = sorted(order[: recipe.EVAL_QUESTIONS].tolist())
+        self.history = history
         self.raised: dict[Callable, int] = {}  # alarm -> the step at which it was raised last
-        self.board: SummaryWriter | None = None  # the main process has one while training
+        self.board: SummaryWriter | None = None  # the main process has one
+        begun = int(history[-1]["step"]) if history else 0
+        if trainer.is_world_process_zero():
+            keep_samples_until(begun, self.output / "samples.jsonl")
+            # purge_step hides what an interrupted run logged after the checkpoint that this one continues
+            self.board = SummaryWriter(self.output / "runs", purge_step=begun + 1)
+            constants = "\n".join(f"{name} = {value!r}" for name, value in vars(recipe).items())
+            self.board.add_text("recipe", preformatted(constants), begun)
+        self.seconds_before = history[-1].get("speed/train_seconds", 0.0) if history else 0.0
 
-    def watch(self, trainer, rollout) -> None:
-        """Tell the monitor whom it watches; they exist only after it."""
-        self.trainer, self.rollout = trainer, rollout
-        rows = trainer.train_dataset
-        questions = [prompt[-1]["content"] for prompt in rows["prompt"]]
-        self.labels = dict(zip(questions, rows["answer"], strict=True))
-        self.weights = trainer.reward_weights.tolist()
-
-    def print_header(self, recipe, device, autocast, processes: int, train: int, dropped: int, test: int) -> None:
-        """One block that says what is about to happen."""
-        precision = "float32 weights, bf16 autocast" if autocast else "float32"
-        if device.type == "cuda" and not autocast:
+    def print_header(self, dropped: int) -> None:
+        """One block that says what is about to happen; `dropped` counts the questions that were too long."""
+        recipe, trainer, train = self.recipe, self.trainer, len(self.trainer.train_dataset)
+        device, steps = trainer.accelerator.device, math.ceil(recipe.EPOCHS * (train // recipe.QUESTIONS_PER_STEP))
+        precision = "float32 weights, bf16 autocast" if trainer.args.bf16 else "float32"
+        if device.type == "cuda" and not trainer.args.bf16:
             precision += " (this GPU has no bf16; fp16 would overflow)"
-        all_steps = recipe.EPOCHS * (train // recipe.QUESTIONS_PER_STEP)
-        trained = f"LoRA rank {recipe.LORA_RANK}" if recipe.USE_LORA else "all weights"
         print(
-            f"model      {recipe.MODEL} ({trained})",
+            f"model      {recipe.MODEL} ({f'LoRA rank {recipe.LORA_RANK}' if recipe.USE_LORA else 'all weights'})",
             f"data       {recipe.DATASET}: {train} training questions ({dropped} longer than "
-            f"{recipe.MAX_PROMPT_TOKENS} tokens dropped), {test} test questions",
-            f"device     {processes} x {device_name(device)}, {precision}",
+            f"{recipe.MAX_PROMPT_TOKENS} tokens dropped), {len(self.test)} test questions",
+            f"device     {trainer.accelerator.num_processes} x {device_name(device)}, {precision}",
             f"each step  {recipe.QUESTIONS_PER_STEP} questions x {recipe.COMPLETIONS_PER_QUESTION} completions",
-            f"steps      {self.trainer.args.max_steps if recipe.MAX_STEPS > 0 else all_steps}",
+            f"steps      {recipe.MAX_STEPS if recipe.MAX_STEPS > 0 else steps}",
             f"output     {recipe.OUTPUT_DIR}",
             sep="\n",
             flush=True,
         )
 
+    def examine(self, title: str, step: int) -> tuple[dict, str]:
+        """Answer all test questions, in the main process, and the probe; returns the figures and that answer.
+
+        The held-out sample is among them, so the same answers give its first and its last point.
+        """
+        figures, rows = self.evaluate(self.test, title)
+        print(f"{title:<11}{describe(figures)}", flush=True)
+        sample = summarize([rows[i] for i in self.held_out])
+        self.record_held_out(step, sample)
+        if step > 0:
+            self.is_best(step, sample["strict"])
+        _, [probe] = self.evaluate({"prompt": [to_conversation(self.recipe.PROBE_QUESTION)], "answer": [None]})
+        return figures, probe["completion"]
+
+    def evaluate(self, questions: Dataset | dict, title: str | None = None) -> tuple[dict, list[dict]]:
+        """`accuracy.evaluate` of the model as it is now."""
+        recipe, sampler = self.recipe, self.rollout.sampler(self.trainer)
+        tokenizer = self.trainer.processing_class
+        return evaluate(sampler, tokenizer, questions, recipe.MAX_COMPLETION_TOKENS, recipe.EVAL_BATCH, title)
+
+    def record_held_out(self, step: int, figures: dict) -> None:
+        """Add a point to the held-out curves."""
+        low, high = figures["strict_ci95"]
+        shown = figures | {"strict_low": low, "strict_high": high}
+        self.record(step, {f"heldout/{k}": v for k, v in shown.items() if k not in ("n", "strict_ci95")})
+
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        if state.is_world_process_zero:
-            if state.global_step > 0:
-                self.history = [row for row in read_history(self.output) if row["step"] <= state.global_step]
-            keep_samples_until(state.global_step, self.output / "samples.jsonl")
-            # purge_step hides what an interrupted run logged after the checkpoint that this one continues
-            self.board = SummaryWriter(self.output / "runs", purge_step=state.global_step + 1)
-            recipe = "\n".join(f"{name} = {value!r}" for name, value in vars(self.recipe).items())
-            self.board.add_text("recipe", preformatted(recipe), state.global_step)
-        self.seconds_before = self.history[-1].get("speed/train_seconds", 0.0) if self.history else 0.0
+        state.compute_steps(args, state.max_steps)  # the state of a checkpoint brings its own SAVE_EVERY
         self.train_began = time.perf_counter()
-        if state.global_step == 0:
-            self.hold_out(0)
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         self.step_began = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.step_seconds = time.perf_counter() - self.step_began
-        self.due = state.global_step % self.recipe.EVAL_EVERY == 0 or state.global_step == state.max_steps
+        # the last step's point comes with `after`
+        self.due = state.global_step % self.recipe.EVAL_EVERY == 0 and state.global_step < state.max_steps
         control.should_log |= self.due or control.should_save  # nothing is saved that on_log has not seen
 
     def on_log(self, args, state, control, logs, **kwargs) -> None:
@@ -244,28 +273,22 @@ class Monitor(TrainerCallback):
         if trouble := not_finite(logs):
             if self.board:
                 self.board.add_text("alarm/not_finite", preformatted(trouble), state.global_step)
-            self.on_train_end(args, state, control)
             raise UserError(f"step {state.global_step}: {trouble}")
         if self.board:  # in the main process
             self.record(state.global_step, self.measure(logs))
             self.print_step(state.max_steps)
         if self.due:
-            strict = self.hold_out(state.global_step)["strict"]
-            if state.best_metric is None or strict > state.best_metric:
-                # the trainer keeps these two in its checkpoints and spares the best one when it deletes old ones
-                state.best_metric, state.best_global_step = strict, state.global_step
-                control.should_save = True
+            figures = None
+            if self.board:
+                figures, _ = self.evaluate(self.test.select(self.held_out))
+                print(f"held-out   {describe(figures)}", flush=True)
+                self.record_held_out(state.global_step, figures)
+            control.should_save |= self.is_best(state.global_step, broadcast_object_list([figures])[0]["strict"])
         if self.board:
             if state.global_step % self.recipe.SAMPLE_EVERY == 0 or state.global_step == 1:
                 self.show_samples(state.global_step)
             self.raise_alarms(state.global_step)
             self.board.flush()  # a killed run keeps its curves
-
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        if self.board:
-            self.board.close()
-            self.board = None
-            draw_curves({self.output.name: self.history}, self.output / "curves.png")
 
     def measure(self, logs: dict) -> dict[str, float]:
         """What TRL logged for this step and what it did not, under the names that TensorBoard shows."""
@@ -276,7 +299,8 @@ class Monitor(TrainerCallback):
         figures["correctness/correct"] = earned.pop("correctness_reward")
         figures |= {f"format/{name.removesuffix('_reward')}": share for name, share in earned.items()}
         figures["format/all"] = fmean(earned.values())
-        totals = [sum(map(mul, self.weights, row)) for row in zip(*batch["rewards"].values(), strict=True)]
+        by_row, weights = zip(*batch["rewards"].values(), strict=True), self.recipe.REWARD_WEIGHTS
+        totals = [sum(map(mul, weights, rewards)) for rewards in by_row]
         size = self.trainer.num_generations
         groups = [totals[start : start + size] for start in range(0, len(totals), size)]
         figures["reward/flat_groups"] = fmean(max(group) - min(group) < 1e-6 for group in groups)
@@ -310,22 +334,16 @@ class Monitor(TrainerCallback):
             flush=True,
         )
 
-    def hold_out(self, step: int) -> dict:
-        """Answer the held-out questions in the main process; every process gets the figures."""
-        figures = None
-        if self.board:
-            figures, _ = evaluate(
-                self.rollout.sampler(self.trainer),
-                self.trainer.processing_class,
-                self.held_out,
-                self.recipe.MAX_COMPLETION_TOKENS,
-                self.recipe.EVAL_BATCH,
-            )
-            print(f"held-out   {describe(figures)}", flush=True)
-            low, high = figures["strict_ci95"]
-            shown = figures | {"strict_low": low, "strict_high": high}
-            self.record(step, {f"heldout/{k}": v for k, v in shown.items() if k not in ("n", "strict_ci95")})
-        return broadcast_object_list([figures])[0]
+    def is_best(self, step: int, strict: float) -> bool:
+        """Whether no held-out point was better; such a step is noted where the trainer keeps it in its checkpoints.
+
+        The trainer then spares that checkpoint when it deletes old ones.
+        """
+        state = self.trainer.state
+        if state.best_metric is not None and strict <= state.best_metric:
+            return False
+        state.best_metric, state.best_global_step = strict, step
+        return True
 
     def show_samples(self, step: int) -> None:
         """Print the batch's first completion; keep the best and the worst of its first groups."""
@@ -342,11 +360,12 @@ class Monitor(TrainerCallback):
     def sample(self, step: int, row: int) -> dict:
         """One completion of the last generation batch."""
         batch = self.trainer._logs
+        labels = batch["extra"].get("label")  # correctness_reward logs them; another one may not
         completion, question = batch["completion"][row][0]["content"], batch["prompt"][row][-1]["content"]
         return {
             "step": step,
             "question": question,
-            "label": self.labels[question],
+            "label": labels[row] if labels else None,
             "completion": completion,
             "extracted": extract_answer(completion),
             "rewards": {name: values[row] for name, values in batch["rewards"].items()},

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from console import UserError, note, refuse_missing_folder
+from rewards import is_label
 
 if TYPE_CHECKING:  # imported where it is used: `--help` and the one-line errors need no second to start
     from datasets import Dataset
@@ -35,7 +36,7 @@ def read_split(dataset: str, split: str) -> Dataset:
     """One split of a hub id or of a local folder (save_to_disk, parquet, JSON lines). Raises UserError."""
     from datasets import DatasetDict, load_dataset, load_from_disk
 
-    refuse_missing_folder(dataset)
+    refuse_missing_folder(dataset, "the data set")
     folder = Path(dataset)
     saved = any((folder / name).exists() for name in ("dataset_dict.json", "state.json"))
     try:
@@ -79,7 +80,7 @@ def load_questions(dataset: str, split: str) -> Dataset:
     for index, (question, answer) in enumerate(zip(rows[QUESTION_COLUMN], rows[ANSWER_COLUMN], strict=True)):
         if not isinstance(question, str) or not question.strip():
             raise UserError(f"{where}, row {index}: {QUESTION_COLUMN} is {question!r}, not a question; fill or drop it")
-        if not is_label(answer):
+        if not is_label(answer) or abs(answer) >= LARGEST_ANSWER:
             raise UserError(
                 f"{where}, row {index}: {ANSWER_COLUMN} is {answer!r}, not an integer below {LARGEST_ANSWER:.0e}; "
                 "mend or drop it"
@@ -95,25 +96,3 @@ def load_questions(dataset: str, split: str) -> Dataset:
     if not kept:
         raise UserError(f"{where} has no usable row; pass another --dataset")
     return Dataset.from_dict({"prompt": list(map(to_conversation, kept)), "answer": list(kept.values())})
-
-
-def is_label(answer: object) -> bool:
-    """An integer, or the float that a reader makes of it where another row of the column is NaN or empty."""
-    if isinstance(answer, bool) or not isinstance(answer, int | float):
-        return False
-    return abs(answer) < LARGEST_ANSWER and answer == int(answer)
-
-
-def drop_long(questions: Dataset, lengths: list[int], limit: int, at_least: int) -> Dataset:
-    """The questions whose prompts have at most `limit` tokens (MAX_PROMPT_TOKENS), given the tokens of each.
-
-    Raises:
-        UserError: fewer than `at_least` (QUESTIONS_PER_STEP) are left, too few for a single step.
-    """
-    kept = questions.select([i for i, length in enumerate(lengths) if length <= limit])
-    if len(kept) < at_least:
-        raise UserError(
-            f"{len(kept)} of {len(questions)} training questions have at most MAX_PROMPT_TOKENS {limit} tokens, fewer "
-            f"than QUESTIONS_PER_STEP {at_least}; change one of these constants, or pass a larger --dataset"
-        )
-    return kept

@@ -135,6 +135,11 @@ def digit_reward(completions: list[list[dict]], **kwargs) -> list[float]:
     return [0.0 if _answered_number(text) is None else 0.5 for text in _texts(completions)]
 
 
+def is_label(value: object) -> bool:
+    """An integral number: an integer, or the float that a reader makes of it where another row is empty."""
+    return isinstance(value, Real) and not isinstance(value, bool) and value % 1 == 0  # NaN and inf leave NaN
+
+
 def correctness_reward(completions: list[list[dict]], answer: list[int], **kwargs) -> list[float]:
     """2.0 where the one number in the answer block equals the label. DeepSeek-R1's accuracy reward.
 
@@ -145,8 +150,10 @@ def correctness_reward(completions: list[list[dict]], answer: list[int], **kwarg
     if len(answer) != len(completions):
         raise ValueError(f"{len(answer)} labels for {len(completions)} completions")
     for index, label in enumerate(answer):
-        if isinstance(label, bool) or not isinstance(label, Real) or label % 1 != 0:  # NaN and inf leave NaN
+        if not is_label(label):
             raise ValueError(f"label {index} is {label!r}, not an integer")
+    if "log_extra" in kwargs:  # TRL keeps it beside the completions, where the monitor finds it
+        kwargs["log_extra"]("label", answer)
     pairs = zip(_texts(completions), answer, strict=True)
     return [2.0 if _answered_number(text) == int(label) else 0.0 for text, label in pairs]
 

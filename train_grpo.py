@@ -1,22 +1,35 @@
 """Teach a small Chinese model to reason about school mathematics: GRPO with five rule-based rewards on one GPU.
 
 The R1 recipe (arXiv 2501.12948, GRPO: arXiv 2402.03300) as one flat file: edit the constants, run it, watch
-`tensorboard --logdir output`. Where it departs from the tutorial that it grew from, and why: README.md.
+`tensorboard --logdir output`. The main departures from the tutorial that it grew from (all of them: README.md):
+  1. Reasoning may run over any number of lines, and a right answer earns three quarters of all there is to earn.
+  2. 256 completions a step instead of 64, at a fifth of the learning rate, and every token of them counts the same.
+  3. Completions of 512 tokens instead of 200, drawn from the policy itself: nothing narrows the sampling.
+  4. Rewards are scaled over the batch, so that a group which differs in format only is not blown up.
+  5. Accuracy on held-out questions before, during and after, and alarms where the reward rises without it.
 
     python train_grpo.py           # one CUDA GPU, Qwen2.5-0.5B-Instruct, Chinese GSM8K
     python train_grpo.py --demo    # any laptop, no network: a tiny model learns the same way in minutes
 """
 
 import argparse
+import importlib.util
 import os
+import sys
 import warnings
-from functools import partial
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Literal
 
-from console import UserError, refuse_missing_folder, run
-from prompts import drop_long, load_questions
+import demo
+from console import UserError, check_types, constants_of, is_a, refuse_missing_folder, run
+from prompts import load_questions
 from rewards import REWARD_WEIGHTS, REWARDS
+
+if TYPE_CHECKING:  # imported where they are used: `--help` and the one-line errors need no seconds to start
+    from peft import LoraConfig
+    from trl import GRPOConfig
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # before any of these libraries is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warning about forks helps nobody here
@@ -25,86 +38,122 @@ warnings.filterwarnings("ignore", category=FutureWarning)  # what these librarie
 
 # ----------------------------------------------------------------------------------------------------- the recipe
 # The model and the questions
-MODEL = "Qwen/Qwen2.5-0.5B-Instruct"  # hub id or folder; --model
-DATASET = "swulling/gsm8k_chinese"  # hub id or folder with splits train and test; --dataset
-OUTPUT_DIR = "output"  # --output
-SEED = 42  # weights of a new adapter, order of the questions, sampling; --seed
+MODEL: str = "Qwen/Qwen2.5-0.5B-Instruct"  # hub id or folder; --model
+DATASET: str = "swulling/gsm8k_chinese"  # hub id or folder with splits train and test; --dataset
+OUTPUT_DIR: str = "output"  # --output
+SEED: int = 42  # weights of a new adapter, order of the questions, sampling; --seed
 
 # One optimizer step
-QUESTIONS_PER_STEP = 32  # distinct questions
-COMPLETIONS_PER_QUESTION = 8  # the group: its mean is the baseline of every completion in it
-MICRO_BATCH = 8  # completions per forward and GPU; halve it if out of memory, the step stays the same
-GRADIENT_CHECKPOINTING = True  # False spares a fifth of the arithmetic, takes 1.6 MiB more per token of a micro batch
-LEARNING_RATE = 1e-6  # peak; the tutorial's 5e-6 went wrong at about step 200
-WARMUP_STEPS = 10  # then cosine to zero
-ADAM_BETAS = (0.9, 0.99)
-WEIGHT_DECAY = 0.1
-MAX_GRAD_NORM = 1.0
-EPOCHS = 1  # passes over the training questions
-MAX_STEPS = -1  # optimizer steps, -1: all of EPOCHS; --max-steps
+QUESTIONS_PER_STEP: int = 32  # distinct questions
+COMPLETIONS_PER_QUESTION: int = 8  # the group: its mean is the baseline of every completion in it
+MICRO_BATCH: int = 8  # completions per forward and GPU; halve it if out of memory, the step stays the same
+GRADIENT_CHECKPOINTING: bool = True  # False: a fifth less arithmetic, 1.6 MiB more per token of a micro batch
+LEARNING_RATE: float = 1e-6  # peak; the tutorial's 5e-6 went wrong at about step 200
+WARMUP_STEPS: int = 10  # then cosine to zero
+ADAM_BETAS: tuple[float, float] = (0.9, 0.99)
+WEIGHT_DECAY: float = 0.1
+MAX_GRAD_NORM: float = 1.0
+EPOCHS: float = 1.0  # passes over the training questions
+MAX_STEPS: int = -1  # optimizer steps, -1: all of EPOCHS; --max-steps
 
 # GRPO
-BETA = 0.001  # weight of the KL term to the untrained model; 0 saves that model's memory and forward
-LOSS_TYPE = "dapo"  # every token counts the same, in a long completion or a short one (arXiv 2503.14476)
-SCALE_REWARDS = "batch"  # whose deviation divides advantages; "group" blows up groups that differ in format only
+BETA: float = 0.001  # weight of the KL term to the untrained model; 0 saves that model's memory and forward
+# dapo: every token counts the same, in a long completion or a short one (arXiv 2503.14476)
+LOSS_TYPE: Literal["dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "vespo"] = "dapo"
+# whose deviation divides advantages; "group" blows up groups that differ in format only
+SCALE_REWARDS: Literal["batch", "group", "none"] = "batch"
 
 # Completions
-MAX_PROMPT_TOKENS = 256  # longer training questions are dropped
-MAX_COMPLETION_TOKENS = 512  # at 256 more than half of this model's answers are cut off
-TEMPERATURE = 1.0  # 1 is on-policy: what is sampled is what is trained
-TOP_P = 1.0  # set here, since the model's own generation_config.json would narrow sampling
-TOP_K = 0
-REPETITION_PENALTY = 1.0
-FAST_ROLLOUT = True  # the decode loop of rollout.py; False: TRL's own generation, slower
-USE_VLLM = False  # vLLM instead, on the same GPU: pip install vllm==0.30.0
+MAX_PROMPT_TOKENS: int = 256  # longer training questions are dropped
+MAX_COMPLETION_TOKENS: int = 512  # at 256 more than half of this model's answers are cut off
+TEMPERATURE: float = 1.0  # 1 is on-policy: what is sampled is what is trained
+FAST_ROLLOUT: bool = True  # the decode loop of rollout.py; False: TRL's own generation, slower
+USE_VLLM: bool = False  # vLLM instead, on the same GPU: pip install vllm==0.30.0
 
 # LoRA
-USE_LORA = False  # True trains an adapter only: no optimizer state for the whole model
-LORA_RANK = 16
-LORA_ALPHA = 32
-LORA_DROPOUT = 0.0
-LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-LORA_LEARNING_RATE = 1e-5  # an adapter wants about ten times the rate of the whole model
+USE_LORA: bool = False  # True trains an adapter only: no optimizer state for the whole model
+LORA_RANK: int = 16
+LORA_ALPHA: int = 32
+LORA_DROPOUT: float = 0.0
+LORA_MODULES: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LORA_LEARNING_RATE: float = 1e-5  # an adapter wants about ten times the rate of the whole model
 
 # Saving and watching
-SAVE_EVERY = 25  # steps
-SAVE_LIMIT = 3  # checkpoints kept; one of the 0.5B model is about 6 GB with its optimizer
-LOG_EVERY = 1  # steps
-SAMPLE_EVERY = 10  # steps between two completions shown in full
-EVAL_EVERY = 25  # steps between two looks at held-out accuracy; a new best is saved at once
-EVAL_QUESTIONS = 200  # test questions, always the same, answered at each look: 3.5 points standard error
-EVAL_BATCH = 128  # questions answered at a time, greedily
-PROBE_QUESTION = "5分钟多少秒"  # the question that the tutorial's model got wrong
+SAVE_EVERY: int = 25  # steps
+SAVE_LIMIT: int = 3  # checkpoints kept; one of the 0.5B model is about 6 GB with its optimizer
+SAMPLE_EVERY: int = 10  # steps between two completions shown in full
+EVAL_EVERY: int = 25  # steps between two looks at held-out accuracy; a new best is saved at once
+EVAL_QUESTIONS: int = 200  # test questions, always the same, answered at each look: 3.5 points standard error
+EVAL_BATCH: int = 128  # questions answered at a time, greedily
+PROBE_QUESTION: str = "5分钟多少秒"  # the question that the tutorial's model got wrong
+REPORT_TO: str = "none"  # a tracker besides TensorBoard: "wandb", "swanlab", "trackio", "mlflow" ...
 
 
-def parse_flags(argv: list[str] | None) -> argparse.Namespace:
-    """How this run goes; what the experiment is stands in the constants above."""
-    parser = argparse.ArgumentParser(description="GRPO on Chinese GSM8K", allow_abbrev=False)
-    parser.add_argument("--model", help=f"hub id or folder (default: {MODEL})")
-    parser.add_argument("--dataset", help=f"hub id or folder (default: {DATASET})")
-    parser.add_argument("--output", help=f"where this run writes (default: {OUTPUT_DIR}, the demo: {OUTPUT_DIR}/demo)")
-    parser.add_argument("--max-steps", type=int, help="stop after so many optimizer steps")
-    parser.add_argument("--seed", type=int, help=f"another seed (default: {SEED})")
-    parser.add_argument("--resume", action="store_true", help="continue the newest complete checkpoint in the output")
-    parser.add_argument("--force-recipe", action="store_true", help="with --resume: although the recipe has changed")
-    parser.add_argument("--demo", action="store_true", help="a tiny model on made problems: minutes, any machine")
-    parser.add_argument("--cpu", action="store_true", help="stay on the CPU (very slow, except for the demo)")
-    flags = parser.parse_args(argv)
-    if flags.force_recipe and not flags.resume:
-        parser.error("--force-recipe goes with --resume")
-    return flags
+# What to say when a GPU's memory is full, the cheapest first
+OUT_OF_MEMORY = (
+    "out of GPU memory; lower MICRO_BATCH (the step stays the same), lower EVAL_BATCH, set GRADIENT_CHECKPOINTING = "
+    "True, set BETA = 0.0, lower MAX_COMPLETION_TOKENS, lower QUESTIONS_PER_STEP, all of which --resume allows; or "
+    "set USE_LORA = True in a new run"
+)
 
 
-def make_recipe(flags: argparse.Namespace) -> SimpleNamespace:
-    """The constants of this file, the demo's own where it is the demo, and the flags on top."""
-    recipe = {name: value for name, value in globals().items() if name.isupper() and name != "REWARDS"}
-    if flags.demo:
-        from demo import RECIPE
+# ------------------------------------------------------------------------------------------- what becomes of them
+def grpo_config(recipe: SimpleNamespace, on_cpu: bool, bf16: bool, accumulation: int) -> "GRPOConfig":
+    """The constants under TRL's names, and the few settings that are no choice."""
+    from trl import GRPOConfig
 
-        recipe |= RECIPE
-    given = {"MODEL": flags.model, "DATASET": flags.dataset, "OUTPUT_DIR": flags.output}
-    given |= {"MAX_STEPS": flags.max_steps, "SEED": flags.seed}
-    return SimpleNamespace(**recipe | {name: value for name, value in given.items() if value is not None})
+    config = GRPOConfig(
+        output_dir=recipe.OUTPUT_DIR,
+        seed=recipe.SEED,
+        use_cpu=on_cpu,
+        bf16=bf16,
+        per_device_train_batch_size=recipe.MICRO_BATCH,
+        gradient_accumulation_steps=accumulation,
+        activation_checkpointing=recipe.GRADIENT_CHECKPOINTING,
+        learning_rate=recipe.LORA_LEARNING_RATE if recipe.USE_LORA else recipe.LEARNING_RATE,
+        lr_scheduler_type="cosine",
+        warmup_steps=recipe.WARMUP_STEPS,
+        adam_beta1=recipe.ADAM_BETAS[0],
+        adam_beta2=recipe.ADAM_BETAS[1],
+        weight_decay=recipe.WEIGHT_DECAY,
+        max_grad_norm=recipe.MAX_GRAD_NORM,
+        num_train_epochs=recipe.EPOCHS,
+        max_steps=recipe.MAX_STEPS,
+        num_generations=recipe.COMPLETIONS_PER_QUESTION,
+        max_completion_length=recipe.MAX_COMPLETION_TOKENS,
+        temperature=recipe.TEMPERATURE,
+        top_p=1.0,  # neutral, and said: the model's own generation_config.json would narrow the sampling, and then
+        top_k=0,  # the policy that is trained is not the one that sampled
+        repetition_penalty=1.0,
+        beta=recipe.BETA,
+        loss_type=recipe.LOSS_TYPE,
+        scale_rewards=recipe.SCALE_REWARDS,
+        use_vllm=recipe.USE_VLLM,
+        vllm_mode="colocate",
+        reward_weights=recipe.REWARD_WEIGHTS,
+        save_steps=recipe.SAVE_EVERY,
+        save_total_limit=recipe.SAVE_LIMIT,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # a loss that is not finite has to be seen
+        ddp_find_unused_parameters=False,  # every parameter takes part in every step
+        report_to=recipe.REPORT_TO,  # TensorBoard's curves are the monitor's
+        disable_tqdm=True,  # so are the console's lines
+    )
+    config._n_gpu = min(config.n_gpu, 1)  # without a launcher: one GPU, not DataParallel, which TRL refuses
+    return config
+
+
+def lora_config(recipe: SimpleNamespace) -> "LoraConfig":
+    """The LoRA constants under PEFT's names."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=recipe.LORA_RANK,
+        lora_alpha=recipe.LORA_ALPHA,
+        lora_dropout=recipe.LORA_DROPOUT,
+        target_modules=recipe.LORA_MODULES,
+    )
 
 
 def accumulation_steps(recipe: SimpleNamespace, processes: int) -> int:
@@ -123,150 +172,160 @@ def accumulation_steps(recipe: SimpleNamespace, processes: int) -> int:
     return completions // at_once
 
 
+# --------------------------------------------------------------------------------------------------- how a run goes
+def parse_flags(argv: list[str] | None) -> argparse.Namespace:
+    """How this run goes; what the experiment is stands in the constants above."""
+    parser = argparse.ArgumentParser(description="GRPO on Chinese GSM8K", allow_abbrev=False)
+    parser.add_argument("--model", help=f"hub id or folder (default: {MODEL})")
+    parser.add_argument("--dataset", help=f"hub id or folder (default: {DATASET})")
+    parser.add_argument("--output", help=f"where this run writes (default: {OUTPUT_DIR}, the demo: {OUTPUT_DIR}/demo)")
+    parser.add_argument("--max-steps", type=int, help="stop after so many optimizer steps")
+    parser.add_argument("--seed", type=int, help=f"another seed (default: {SEED})")
+    parser.add_argument("--resume", action="store_true", help="continue the newest complete checkpoint in the output")
+    parser.add_argument("--demo", action="store_true", help="a tiny model on made problems: minutes, any machine")
+    parser.add_argument("--cpu", action="store_true", help="stay on the CPU (very slow, except for the demo)")
+    return parser.parse_args(argv)
+
+
+def default_recipe() -> dict:
+    """The constants above and the rewards' weights, by name."""
+    return constants_of(sys.modules[__name__]) | {"REWARD_WEIGHTS": REWARD_WEIGHTS}
+
+
+def make_recipe(flags: argparse.Namespace) -> SimpleNamespace:
+    """The constants of this file, the demo's own where it is the demo, and the flags on top."""
+    given = {"MODEL": flags.model, "DATASET": flags.dataset, "OUTPUT_DIR": flags.output}
+    given |= {"MAX_STEPS": flags.max_steps, "SEED": flags.seed}
+    given = {name: value for name, value in given.items() if value is not None}
+    recipe = default_recipe()
+    if flags.demo:
+        recipe |= demo.RECIPE
+        recipe["MODEL"], recipe["DATASET"] = demo.folders(Path((recipe | given)["OUTPUT_DIR"], "base"))
+    return SimpleNamespace(**recipe | given)
+
+
+def check_constants(recipe: SimpleNamespace) -> None:
+    """Raises UserError for the first constant of a wrong type or out of its range, or for what is not installed."""
+    check_types(recipe, sys.modules[__name__])
+    weights = recipe.REWARD_WEIGHTS
+    weights_fit = is_a(weights, list[float]) and len(weights) == len(REWARDS) and min(weights) >= 0
+    ranges = {  # of those that need not simply be above 0
+        "SEED": ("from 0 to 2**32 - 1", 0 <= recipe.SEED < 2**32),
+        "COMPLETIONS_PER_QUESTION": ("2 or more: one is its own baseline", recipe.COMPLETIONS_PER_QUESTION >= 2),
+        "WARMUP_STEPS": ("0 or more", recipe.WARMUP_STEPS >= 0),
+        "ADAM_BETAS": ("two from 0, below 1", [0 <= beta < 1 for beta in recipe.ADAM_BETAS] == [True, True]),
+        "WEIGHT_DECAY": ("0 or more", recipe.WEIGHT_DECAY >= 0),
+        "MAX_GRAD_NORM": ("0 or more", recipe.MAX_GRAD_NORM >= 0),
+        "MAX_STEPS": ("-1, or 1 or more", recipe.MAX_STEPS == -1 or recipe.MAX_STEPS >= 1),
+        "BETA": ("0 or more", recipe.BETA >= 0),
+        "LORA_DROPOUT": ("from 0, below 1", 0 <= recipe.LORA_DROPOUT < 1),
+        "REWARD_WEIGHTS": ("a number of 0 or more for each reward", weights_fit),
+    }
+    for name, value in vars(recipe).items():
+        words, holds = ranges.get(name, ("above 0", type(value) not in (int, float) or value > 0))
+        if not holds:
+            raise UserError(f"{name} = {value!r} is not {words}; mend it in train_grpo.py, or by its flag")
+    if recipe.USE_VLLM and importlib.util.find_spec("vllm") is None:
+        raise UserError("USE_VLLM = True needs vLLM: pip install vllm==0.30.0, or set it to False")
+    if recipe.REPORT_TO != "none":
+        from transformers.integrations import get_available_reporting_integrations
+
+        if recipe.REPORT_TO not in get_available_reporting_integrations() or recipe.REPORT_TO == "tensorboard":
+            raise UserError(
+                f"REPORT_TO = {recipe.REPORT_TO!r} is no tracker that is installed here: pip install it, or set it to "
+                '"none" (TensorBoard is written in any case)'
+            )
+
+
 def main(argv: list[str] | None = None) -> None:
     flags = parse_flags(argv)
     recipe = make_recipe(flags)
     output = Path(recipe.OUTPUT_DIR)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))  # set by accelerate launch and torchrun
-    main_process = os.environ.get("RANK", "0") == "0"
 
-    # ---- what can be refused is refused before anything is loaded or written
-    from accuracy import report
-    from models import encode, load_model, pick_device
+    # ---- what can be refused is refused before anything is loaded, written or deleted
+    check_constants(recipe)
+    for name, given in (("MODEL", flags.model), ("DATASET", flags.dataset)):
+        if given or not flags.demo:  # the demo makes its own
+            refuse_missing_folder(getattr(recipe, name), f"{name} (--{name.lower()})")
 
-    device, autocast = pick_device(flags.cpu)
-    if device.type == "cpu" and not (flags.demo or flags.cpu):
-        raise UserError(
-            "no CUDA GPU found (no driver, or a torch built without CUDA?); "
-            "--demo trains a tiny model on any machine, --cpu trains this one, very slowly"
-        )
     import torch
+    from accelerate import PartialState
+    from transformers import PrinterCallback
 
     import checkpoints
-
-    if flags.demo and device.type == "cpu":
-        torch.set_num_threads(min(torch.get_num_threads(), 2))  # a tiny model has work for two; more only wait
-    checkpoints.check_constants(recipe)
-    for given in filter(None, (flags.model, flags.dataset)):
-        refuse_missing_folder(given)
-    accumulation = accumulation_steps(recipe, processes)
-
-    def prepare() -> tuple[Path | None, str, str]:
-        """Look into the output folder and make the demo's base: one process does it for all."""
-        checkpoint = checkpoints.newest_checkpoint(output) if flags.resume else checkpoints.claim(output)
-        if flags.demo:
-            import demo
-
-            model_folder, data_folder = demo.make_demo(output / "base")
-            recipe.MODEL, recipe.DATASET = flags.model or model_folder, flags.dataset or data_folder
-        if flags.resume:
-            checkpoints.check_recipe(output, recipe, checkpoint, flags.force_recipe)
-        return checkpoint, recipe.MODEL, recipe.DATASET
-
-    checkpoint, recipe.MODEL, recipe.DATASET = checkpoints.once(prepare, cpu=device.type == "cpu")
-
-    # ---- data
-    train, test = load_questions(recipe.DATASET, "train"), load_questions(recipe.DATASET, "test")
-    model, tokenizer = load_model(recipe.MODEL)
-    lengths = [len(ids) for ids in encode(tokenizer, list(train["prompt"]))]
-    fitting = drop_long(train, lengths, recipe.MAX_PROMPT_TOKENS, recipe.QUESTIONS_PER_STEP)
-
-    # ---- trainer
-    from peft import LoraConfig
-    from transformers import PrinterCallback
-    from trl import GRPOConfig
-
+    from draw_curves import draw_curves, read_history
+    from models import drop_long, load_model, pick_device
     from monitor import Monitor
     from rollout import Rollout
     from trainer import CarefulTrainer
 
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=recipe.LORA_RANK,
-        lora_alpha=recipe.LORA_ALPHA,
-        lora_dropout=recipe.LORA_DROPOUT,
-        target_modules=recipe.LORA_MODULES,
-    )
-    config = GRPOConfig(
-        output_dir=str(output),
-        seed=recipe.SEED,
-        use_cpu=device.type == "cpu",
-        bf16=autocast is not None,
-        per_device_train_batch_size=recipe.MICRO_BATCH,
-        gradient_accumulation_steps=accumulation,
-        activation_checkpointing=recipe.GRADIENT_CHECKPOINTING,
-        learning_rate=recipe.LORA_LEARNING_RATE if recipe.USE_LORA else recipe.LEARNING_RATE,
-        lr_scheduler_type="cosine",
-        warmup_steps=recipe.WARMUP_STEPS,
-        adam_beta1=recipe.ADAM_BETAS[0],
-        adam_beta2=recipe.ADAM_BETAS[1],
-        weight_decay=recipe.WEIGHT_DECAY,
-        max_grad_norm=recipe.MAX_GRAD_NORM,
-        num_train_epochs=recipe.EPOCHS,
-        max_steps=recipe.MAX_STEPS,
-        num_generations=recipe.COMPLETIONS_PER_QUESTION,
-        max_completion_length=recipe.MAX_COMPLETION_TOKENS,
-        temperature=recipe.TEMPERATURE,
-        top_p=recipe.TOP_P,
-        top_k=recipe.TOP_K,
-        repetition_penalty=recipe.REPETITION_PENALTY,
-        beta=recipe.BETA,
-        loss_type=recipe.LOSS_TYPE,
-        scale_rewards=recipe.SCALE_REWARDS,
-        use_vllm=recipe.USE_VLLM,
-        vllm_mode="colocate",
-        reward_weights=REWARD_WEIGHTS,
-        save_steps=recipe.SAVE_EVERY,
-        save_total_limit=recipe.SAVE_LIMIT,
-        logging_steps=recipe.LOG_EVERY,
-        logging_nan_inf_filter=False,  # a loss that is not finite has to be seen
-        ddp_find_unused_parameters=False,  # every parameter takes part in every step
-        report_to="none",  # the monitor writes TensorBoard's curves
-        disable_tqdm=True,  # and the console's lines
-    )
-    config._n_gpu = min(config.n_gpu, 1)  # without a launcher: one GPU, not DataParallel, which TRL refuses
-    rollout, monitor = Rollout(recipe.FAST_ROLLOUT), Monitor(recipe, test)
+    device, autocast = pick_device(flags.cpu)
+    on_cpu = device.type == "cpu"
+    if on_cpu and not (flags.demo or flags.cpu):
+        raise UserError(
+            "no CUDA GPU found (no driver, or a torch built without CUDA?); "
+            "--demo trains a tiny model on any machine, --cpu trains this one, very slowly"
+        )
+    if on_cpu and flags.demo:
+        torch.set_num_threads(min(torch.get_num_threads(), 2))  # a tiny model has work for two; more only wait
+    state = PartialState(cpu=on_cpu, timeout=timedelta(minutes=30))  # others wait while one evaluates
+    accumulation = accumulation_steps(recipe, state.num_processes)
+    with state.main_process_first():
+        checkpoint = checkpoints.find(output, recipe, flags.resume)
+        if flags.demo and not (flags.model and flags.dataset):
+            demo.make_demo(output / "base")
+
+    # ---- data, model, trainer
+    train, test = load_questions(recipe.DATASET, "train"), load_questions(recipe.DATASET, "test")
+    model, tokenizer = load_model(recipe.MODEL)
+    fitting = drop_long(train, tokenizer, recipe.MAX_PROMPT_TOKENS, recipe.QUESTIONS_PER_STEP)
+    rollout = Rollout(recipe.FAST_ROLLOUT)
     trainer = CarefulTrainer(
         model=model,
         reward_funcs=REWARDS,
-        args=config,
+        args=grpo_config(recipe, on_cpu, autocast is not None, accumulation),
         train_dataset=fitting,
         processing_class=tokenizer,
-        callbacks=[monitor],
-        peft_config=lora if recipe.USE_LORA else None,
+        peft_config=lora_config(recipe) if recipe.USE_LORA else None,
         rollout_func=None if recipe.USE_VLLM else rollout,
     )
     trainer.remove_callback(PrinterCallback)  # it would print thirty keys a step
-    monitor.watch(trainer, rollout)
     checkpoints.check_disk(output, trainer.model, recipe.SAVE_LIMIT)
 
     # ---- before
-    memory_advice = partial(checkpoints.memory_advice, recipe, trainer.model, processes)
-    measure = memory_advice()(lambda title: report(rollout.sampler(trainer), tokenizer, test, recipe, title))
-    results = checkpoints.read_results(output) if flags.resume else {}
-    results.pop("finished", None)  # comes last in the file and in the summary
-    if main_process:
-        monitor.print_header(recipe, device, autocast, processes, len(fitting), len(train) - len(fitting), len(test))
-        if not flags.resume:
-            checkpoints.save_recipe(output, recipe)
-        if "before" not in results:
-            before, text = measure("before")
-            results = {"model": recipe.MODEL, "dataset": recipe.DATASET, "seed": recipe.SEED, "before": before}
-            results["probe"] = {"question": recipe.PROBE_QUESTION, "before": text}
-        checkpoints.write_json(output / "results.json", results | {"finished": False})
+    results = checkpoints.begin(output, recipe, checkpoint) if state.is_main_process else {}
+    history = read_history(output, until=checkpoints.step_of(checkpoint)) if checkpoint else []
+    monitor = Monitor(recipe, trainer, rollout, test, history)
+    trainer.add_callback(monitor)
+    try:
+        if state.is_main_process:
+            monitor.print_header(dropped=len(train) - len(fitting))
+            if "before" not in results:
+                before, text = monitor.examine("before", step=0)
+                results = {"model": recipe.MODEL, "dataset": recipe.DATASET, "seed": recipe.SEED, "before": before}
+                results["probe"] = {"question": recipe.PROBE_QUESTION, "before": text}
+            checkpoints.write_json(output / "results.json", results | {"finished": False})
 
-    with memory_advice(), checkpoints.StopSignals(trainer) as stop:
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    if stop.signal:
-        stop.leave(output, results | monitor.results())
+        # ---- train
+        with checkpoints.StopSignals(trainer) as stop:
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        if stop.signal:
+            stop.leave(output, results | monitor.results())
 
-    # ---- save, after
-    checkpoints.save_trained(trainer, output)
-    if main_process:
-        results["after"], results["probe"]["after"] = measure("after")
-        results |= monitor.results() | {"finished": True}
-        checkpoints.write_json(output / "results.json", results)
-        monitor.print_summary(results)
+        # ---- save, after
+        checkpoints.save_trained(trainer, output)
+        if state.is_main_process:
+            results["after"], results["probe"]["after"] = monitor.examine("after", trainer.state.global_step)
+            results |= monitor.results() | {"finished": True}
+            checkpoints.write_json(output / "results.json", results)
+            monitor.print_summary(results)
+    except torch.OutOfMemoryError as error:
+        if not state.is_local_main_process:  # maybe alone in this, and `run` lets only the first process speak
+            print(f"error: {OUT_OF_MEMORY}", file=sys.stderr, flush=True)
+        raise UserError(OUT_OF_MEMORY) from error
+    finally:
+        if state.is_main_process and monitor.history:
+            draw_curves({output.name: monitor.history}, output / "curves.png")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ from accelerate.utils import gather_object
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOTrainer
 
-from checkpoints import attempt, checkpoint_bytes, list_checkpoints, publish, rotate
+from checkpoints import attempt, checkpoint_bytes, list_checkpoints, publish
 from console import UserError
 
 
@@ -42,11 +43,19 @@ class CarefulTrainer(GRPOTrainer):
             return
         fault = faults[0] if faults else attempt(publish, temporary, final)
         if fault is None:
-            rotate(output, self.args.save_total_limit, self.state.best_global_step)
+            best = self.state.best_global_step and str(output / f"checkpoint-{self.state.best_global_step}")
+            rotate_checkpoints(str(output), self.args.save_total_limit, best)  # a kill in it damages old ones only
         else:
             shutil.rmtree(temporary, ignore_errors=True)
             kept = ", ".join(path.name for path in list_checkpoints(output)) or "none"
             print(f"WARNING: {final.name} could not be saved ({fault}); kept: {kept}. Training goes on", flush=True)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        super().create_model_card(*args, **kwargs)
+        card, source = Path(self.args.output_dir, "README.md"), self.model.config._name_or_path
+        if self.args.should_save:  # TRL knows no name for a model that came from a folder
+            text = card.read_text(encoding="utf-8")
+            card.write_text(text.replace("[None](https://huggingface.co/None)", f"`{source}`"), encoding="utf-8")
 
     def _write(self, folder: Path) -> None:
         """Everything that resuming needs; each process writes its random state, the main one the rest."""
@@ -63,14 +72,8 @@ class CarefulTrainer(GRPOTrainer):
             self.state.save_to_json(str(folder / "trainer_state.json"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        if not self.is_fsdp_enabled:
-            check_fits(Path(resume_from_checkpoint), self.model)
+        check_fits(Path(resume_from_checkpoint), self.model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _init_training_state(self, max_steps: int, *args) -> tuple[int, int]:
-        begin = super()._init_training_state(max_steps, *args)
-        self.state.compute_steps(self.args, max_steps)  # the loaded state brings its own SAVE_EVERY and LOG_EVERY
-        return begin
 
     def _run_epoch(self, **kwargs) -> None:
         if self.state.global_step < self.state.max_steps:  # a run killed after its last step would make one more

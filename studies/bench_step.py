@@ -29,6 +29,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import qwen
 import torch
 import transformers
 import trl
@@ -43,11 +44,9 @@ from rollout import PlainSampler, Rollout, Sampler
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 LOW = torch.bfloat16 if CUDA else None  # the precision of evaluation
-TRUE = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
-TRUE |= {"vocab_size": 151936, "num_key_value_heads": 2}
 DEMO = {name: size for name, size in demo.SHAPE.items() if name != "initializer_range"}
-DEMO |= {"vocab_size": demo.VOCABULARY}
-SHAPE = TRUE if CUDA else DEMO
+DEMO |= {"vocab_size": demo.VOCABULARY, "tie_word_embeddings": True}
+SHAPE = qwen.SHAPE if CUDA else DEMO
 
 # The reference step
 COMPLETIONS, GROUP, LENGTH = (64, 16, 200) if CUDA else (128, 8, 48)
@@ -94,7 +93,7 @@ def make_model(shape: dict = SHAPE, spread: float = 0.02) -> Qwen2ForCausalLM:
     torch.manual_seed(0)
     ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
     with DEVICE:
-        return Qwen2ForCausalLM(Qwen2Config(**shape | ends, tie_word_embeddings=True, initializer_range=spread))
+        return Qwen2ForCausalLM(Qwen2Config(**shape | ends, initializer_range=spread))
 
 
 def draw_prompts(n: int, shortest: int, longest: int) -> list[list[int]]:

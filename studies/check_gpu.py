@@ -16,23 +16,12 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import qwen
+
 import train_grpo
 from prompts import ANSWER_COLUMN, QUESTION_COLUMN
 
-SHAPE = {  # Qwen2.5-0.5B's config.json
-    "vocab_size": 151936,
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32768,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-    "tie_word_embeddings": True,
-    "eos_token_id": 151645,
-    "pad_token_id": 151643,
-    "bos_token_id": None,
-}
+ENDS = {"eos_token_id": 151645, "pad_token_id": 151643, "bos_token_id": None}
 STEPS = 10
 # About as long as the Chinese GSM8K's questions.
 QUESTION = "一列火车每小时行驶{a}公里，先行驶了{b}小时，休息之后又行驶了{c}小时，每张车票{d}元。它一共行驶了多少公里？"
@@ -48,7 +37,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="check_gpu_") as name:
         folder = Path(name)
         data.save_to_disk(folder / "data")
-        Qwen2ForCausalLM(Qwen2Config(**SHAPE)).save_pretrained(folder / "model")
+        Qwen2ForCausalLM(Qwen2Config(**qwen.SHAPE, **ENDS)).save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
         flags = ["--model", folder / "model", "--dataset", folder / "data", "--output", folder / "run"]
         flags += ["--max-steps", STEPS, *sys.argv[2:]]

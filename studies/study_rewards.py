@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import demo  # noqa: E402
-import monitor  # noqa: E402
+import draw_curves  # noqa: E402
 import train_grpo  # noqa: E402
 from rewards import extract_answer, parse_number  # noqa: E402
 
@@ -84,7 +84,7 @@ def make_base(folder: Path, steps: int) -> tuple[str, str]:
     return demo.make_demo(folder, steps)
 
 
-def train(variant: str, seed: int, steps: int, folder: Path) -> None:
+def train(variant: str, seed: int, steps: int, base: tuple[str, str], folder: Path) -> None:
     """One run, unless `folder` holds it already; what an interrupted one left is thrown away."""
     file = folder / "results.json"
     done = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"finished": False}
@@ -93,13 +93,14 @@ def train(variant: str, seed: int, steps: int, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     for name, value in (CONSTANTS | VARIANTS[variant][1]).items():
         setattr(train_grpo, name, value)
-    train_grpo.main(["--demo", "--cpu", "--output", str(folder), "--seed", str(seed), "--max-steps", str(steps)])
+    flags = ["--demo", "--cpu", "--output", folder, "--seed", seed, "--max-steps", steps]
+    train_grpo.main([str(flag) for flag in [*flags, "--model", base[0], "--dataset", base[1]]])
 
 
 def figures(folder: Path) -> dict[str, float]:
     """What the table shows of one run."""
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    looks = [row["heldout/strict"] for row in monitor.read_history(folder) if "heldout/strict" in row]
+    looks = [row["heldout/strict"] for row in draw_curves.read_history(folder) if "heldout/strict" in row]
     return {
         "strict %": 100 * results["after"]["strict"],
         "strict % on the way": 100 * fmean(looks),  # the sooner it learns, the higher
@@ -143,10 +144,10 @@ def draw(left: Path, right: Path, picture: Path) -> None:
     ):
         history = [
             row | {"share": row["reward/total"] / full} if "reward/total" in row else row
-            for row in monitor.read_history(folder)
+            for row in draw_curves.read_history(folder)
         ]
-        monitor.draw_curve(axes, history, "share", "C1", "total reward, of the maximum")
-        monitor.draw_curve(axes, history, "heldout/strict", "C0", "held-out accuracy, 95 % interval")
+        draw_curves.draw_curve(axes, history, "share", "C1", "total reward, of the maximum")
+        draw_curves.draw_curve(axes, history, "heldout/strict", "C0", "held-out accuracy, 95 % interval")
         axes.set(title=title, xlabel="step", ylim=(0, 0.75))
         axes.grid(alpha=0.3)
         axes.legend(loc="upper left")
@@ -165,12 +166,11 @@ def main() -> None:
 
     study = flags.output / f"base-{flags.base_steps}"
     base = make_base(study, flags.base_steps)
-    demo.make_demo = lambda folder: base  # every run starts from this one
     folders = {variant: [study / f"{variant}-{seed}" for seed in range(flags.seeds)] for variant in flags.variants}
     for seed in range(flags.seeds):
         for variant in flags.variants:
             print(f"\n===== {VARIANTS[variant][0]}, seed {seed}", flush=True)
-            train(variant, seed, flags.steps, folders[variant][seed])
+            train(variant, seed, flags.steps, base, folders[variant][seed])
     table = write_table(folders)
     (study / "table.md").write_text(table + "\n", encoding="utf-8")
     print(f"\n{table}\n\nwritten: {study / 'table.md'}")

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -17,7 +18,7 @@ from datasets import load_from_disk
 import checkpoints
 import train_grpo
 from console import UserError
-from monitor import read_history
+from draw_curves import read_history
 
 SMALL = {"QUESTIONS_PER_STEP": 2, "MAX_COMPLETION_TOKENS": 32, "EVAL_QUESTIONS": 8, "SAVE_EVERY": 1, "SAVE_LIMIT": 9}
 SMALL |= {"BETA": 0.0, "LEARNING_RATE": 5e-4, "WARMUP_STEPS": 1, "GRADIENT_CHECKPOINTING": False}
@@ -59,6 +60,12 @@ def copy(whole_run, tmp_path) -> Path:
     return Path(shutil.copytree(whole_run.output, tmp_path / "copy"))
 
 
+def recipe_of(output: Path) -> SimpleNamespace:
+    """The constants that a run was begun with, as its folder tells."""
+    recorded = json.loads((output / "recipe" / "recipe.json").read_text())
+    return SimpleNamespace(**{name: value for name, value in recorded.items() if name in train_grpo.default_recipe()})
+
+
 def names(output: Path) -> list[str]:
     return sorted(path.name for path in output.glob("*checkpoint-*"))
 
@@ -75,7 +82,7 @@ def test_interrupted_run_ends_bit_identical(train, whole_run, tmp_path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints.StopSignals, "on_step_begin", press)
-        patch.setattr("sys.argv", ["train_grpo.py", "--output", "my run", "--force-recipe"])
+        patch.setattr("sys.argv", ["train_grpo.py", "--output", "my run"])
         with pytest.raises(SystemExit) as left:
             train(output)
     assert left.value.code == 130
@@ -112,10 +119,10 @@ def test_new_rhythm_on_resume(train, copy):
     """SAVE_EVERY and SAVE_LIMIT are those of today, not those that the checkpoint brings; the best one stays."""
     for name in ("checkpoint-2", "checkpoint-3"):
         shutil.rmtree(copy / name)
-    train(copy, "--resume", SAVE_EVERY=2, SAVE_LIMIT=1, EVAL_EVERY=3)
+    train(copy, "--resume", SAVE_EVERY=3, SAVE_LIMIT=1, EVAL_EVERY=2)
     state = json.loads((copy / "checkpoint-3" / "trainer_state.json").read_text())
-    assert state["best_global_step"] == 3 and state["save_steps"] == 2
-    assert names(copy) == ["checkpoint-3"]
+    assert state["best_global_step"] == 2 and state["save_steps"] == 3
+    assert names(copy) == ["checkpoint-2", "checkpoint-3"]
 
 
 @pytest.mark.parametrize(
@@ -138,7 +145,10 @@ def test_damaged_checkpoint_is_skipped(copy, capsys, file, damage):
     path.unlink()
     if damage != "delete":
         path.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
-    assert checkpoints.newest_checkpoint(copy) == copy / "checkpoint-2"
+    recipe = recipe_of(copy)
+    assert checkpoints.find(copy, recipe, resume=True) == copy / "checkpoint-2"
+    assert names(copy) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]  # looking changes nothing
+    checkpoints.begin(copy, recipe, copy / "checkpoint-2")
     said = capsys.readouterr().out
     assert "checkpoint-3 skipped" in said and file.split(".")[-1] in said
     assert names(copy) == ["checkpoint-1", "checkpoint-2", "damaged-checkpoint-3"]
@@ -186,27 +196,49 @@ def test_checkpoint_of_another_model(copy, whole_run):
 
 
 # -------------------------------------------------------------------------------------------------------- the recipe
-def test_changed_recipe_is_named(train, copy):
-    """Every changed constant is named with both values; those that only say how it is computed may change."""
-    with pytest.raises(UserError) as error:
-        train(copy, "--resume", "--seed", "7", LEARNING_RATE=1e-4, MICRO_BATCH=16, SAVE_EVERY=2, LOG_EVERY=2)
-    for part in ("LEARNING_RATE 0.0005 -> 0.0001", "SEED 42 -> 7", "--force-recipe", "--output"):
-        assert part in str(error.value)
-    for name in ("MICRO_BATCH", "SAVE_EVERY", "LOG_EVERY", "OUTPUT_DIR", "SYSTEM_PROMPT", "versions"):
-        assert name not in str(error.value)
-
-
-def test_forced_recipe(copy, capsys):
-    """With --force-recipe the change is said, the old recipe kept beside the new one, which is from then on right."""
+def test_changed_recipe_is_named_and_recorded(copy, capsys):
+    """Each changed constant is named with both values, and the old recipe is kept beside the new one."""
     file = copy / "recipe" / "recipe.json"
-    old = json.loads(file.read_text())
-    recipe = SimpleNamespace(**{name: value for name, value in old.items() if name in vars(train_grpo)})
-    recipe.LEARNING_RATE = 1e-4
-    checkpoints.check_recipe(copy, recipe, copy / "checkpoint-3", force=True)
-    assert "checkpoint-3 under a changed recipe: LEARNING_RATE 0.0005 -> 0.0001" in capsys.readouterr().out
+    old, recipe = json.loads(file.read_text()), recipe_of(copy)
+    checkpoints.write_json(copy / "results.json", {"finished": False})
+    recipe.LEARNING_RATE, recipe.MICRO_BATCH = 1e-4, 16
+    checkpoint = checkpoints.find(copy, recipe, resume=True)
+    assert json.loads(file.read_text()) == old and not capsys.readouterr().out  # looking changes nothing
+    checkpoints.begin(copy, recipe, checkpoint)
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        "note: from checkpoint-3 on LEARNING_RATE is 0.0001, no longer 0.0005",
+        "note: from checkpoint-3 on MICRO_BATCH is 16, no longer 8",
+    ]
     assert json.loads((copy / "recipe" / "recipe-until-3.json").read_text()) == old
-    checkpoints.write_json(copy / "results.json", {"finished": False})  # as main() then does
-    checkpoints.check_recipe(copy, recipe, copy / "checkpoint-3", force=False)
+    assert checkpoints.changed_constants(copy, recipe) == {}
+
+
+def test_resuming_under_a_changed_recipe(train, copy):
+    """The run itself goes on under the new constants."""
+    shutil.rmtree(copy / "checkpoint-3")
+    train(copy, "--resume", LEARNING_RATE=1e-4)
+    assert json.loads((copy / "recipe" / "recipe-until-2.json").read_text())["LEARNING_RATE"] == 5e-4
+    assert json.loads((copy / "recipe" / "recipe.json").read_text())["LEARNING_RATE"] == 1e-4
+
+
+@pytest.mark.parametrize(("name", "value"), [("MODEL", "other"), ("USE_LORA", True), ("LORA_RANK", 4)])
+def test_what_the_weights_do_not_fit_is_refused(copy, name, value):
+    """Under another model, or an adapter of another shape, nothing that was saved could be continued."""
+    recipe = recipe_of(copy)
+    setattr(recipe, name, value)
+    with pytest.raises(UserError, match=f"{name} was .* and is {value!r}.*--output"):
+        checkpoints.find(copy, recipe, resume=True)
+
+
+def test_a_finished_run_can_be_made_longer(copy):
+    """Nothing is left to resume, unless it shall now make more steps."""
+    recipe = recipe_of(copy)
+    checkpoints.write_json(copy / "results.json", {"finished": True, "steps": 3})
+    with pytest.raises(UserError, match="is finished, nothing is left to resume"):
+        checkpoints.find(copy, recipe, resume=True)
+    recipe.MAX_STEPS = 5
+    assert checkpoints.find(copy, recipe, resume=True) == copy / "checkpoint-3"
 
 
 def test_moved_folder_is_the_same_run(tmp_path):
@@ -214,33 +246,29 @@ def test_moved_folder_is_the_same_run(tmp_path):
     recipe = SimpleNamespace(OUTPUT_DIR="output/demo", MODEL="output/demo/base/model")
     checkpoints.save_recipe(tmp_path, recipe)
     recipe.OUTPUT_DIR, recipe.MODEL = "/elsewhere/demo", "/elsewhere/demo/base/model"
-    checkpoints.check_recipe(tmp_path, recipe, tmp_path / "checkpoint-1", force=False)
+    assert checkpoints.changed_constants(tmp_path, recipe) == {}
     recipe.MODEL = "/elsewhere/other/model"
-    with pytest.raises(UserError, match="MODEL"):
-        checkpoints.check_recipe(tmp_path, recipe, tmp_path / "checkpoint-1", force=False)
+    assert list(checkpoints.changed_constants(tmp_path, recipe)) == ["MODEL"]
 
 
-def test_every_constant_has_a_rule():
-    """No constant is unchecked, none that is gone is still named."""
-    constants = {name for name in vars(train_grpo) if name.isupper()} - {"REWARDS"}
-    named = [name for _, listed in checkpoints.RULES.values() for name in listed.split()]
-    assert sorted(named) == sorted(constants)
-    assert checkpoints.FREE - {"versions"} <= constants
+def test_unfit_constants_exist():
+    """What a resumed run refuses to see changed are constants of train_grpo.py."""
+    assert checkpoints.UNFIT <= set(train_grpo.default_recipe())
 
 
 # ------------------------------------------------------------------------------------------------- the output folder
 def test_a_run_is_not_overwritten(copy):
-    """A folder with a checkpoint, or with a finished run's results, is refused."""
-    with pytest.raises(UserError, match="already holds a finished run .checkpoint-1.*--output"):
-        checkpoints.claim(copy)
-    checkpoints.write_json(copy / "results.json", {"finished": False})
+    """A folder with a checkpoint, with a saved model, or with a finished run's results, is refused."""
+    recipe = recipe_of(copy)
     with pytest.raises(UserError, match="already holds a run .checkpoint-1.*--resume.*--output"):
-        checkpoints.claim(copy)
-    checkpoints.write_json(copy / "results.json", {"finished": True})
-    for path in [*copy.glob("checkpoint-*"), copy / "model.safetensors"]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with pytest.raises(UserError, match="already holds a finished run .results.json"):
-        checkpoints.claim(copy)
+        checkpoints.find(copy, recipe, resume=False)
+    for path in copy.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    with pytest.raises(UserError, match="already holds a run .model.safetensors"):
+        checkpoints.find(copy, recipe, resume=False)
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="already holds a run .results.json"):
+        checkpoints.find(copy, recipe, resume=False)
 
 
 def test_a_run_that_saved_nothing_gives_way(copy):
@@ -250,31 +278,47 @@ def test_a_run_that_saved_nothing_gives_way(copy):
     checkpoints.write_json(copy / "results.json", {"finished": False})
     (copy / ".tmp-checkpoint-1").mkdir()
     (copy / "base").mkdir()
-    checkpoints.claim(copy)
+    before = {path.name for path in copy.iterdir()}
+    assert checkpoints.find(copy, recipe_of(copy), resume=False) is None
+    assert {path.name for path in copy.iterdir()} == before  # looking deletes nothing
+    checkpoints.begin(copy, recipe_of(copy), None)
     left = {path.name for path in copy.iterdir()}
-    assert "base" in left and not left & {"runs", "recipe", "results.json", "samples.jsonl", ".tmp-checkpoint-1"}
+    assert {"base", "recipe"} <= left and not left & {"runs", "results.json", "samples.jsonl", ".tmp-checkpoint-1"}
+
+
+def test_nothing_is_deleted_before_all_is_refused(train, copy):
+    """A new run over the remains of one that saved nothing, with a mistake in it: the remains are all there."""
+    for path in [*copy.glob("checkpoint-*"), copy / "model.safetensors"]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    checkpoints.write_json(copy / "results.json", {"finished": False})
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
+    for mistake in ({"MAX_PROMPT_TOKENS": 1}, {"MICRO_BATCH": 7}, {"LORA_MODULES": ["nonsense"], "USE_LORA": True}):
+        with pytest.raises((UserError, ValueError)):
+            train(copy, **mistake)
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
 
 
 def test_foreign_folders_are_left_alone(tmp_path):
     """What merely has the name of something of ours is not deleted."""
     (tmp_path / "runs").mkdir()
     (tmp_path / ".tmp-mine").mkdir()
-    checkpoints.claim(tmp_path)
+    checkpoints.begin(tmp_path, SimpleNamespace(OUTPUT_DIR=str(tmp_path)), None)
     assert (tmp_path / "runs").exists() and (tmp_path / ".tmp-mine").exists()
 
 
 def test_output_that_cannot_be_written(tmp_path, monkeypatch):
     """A file, a path through a file and a read-only place are refused in a line; nothing is created by looking."""
+    recipe = SimpleNamespace()
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
-        checkpoints.claim(tmp_path / "file")
+        checkpoints.find(tmp_path / "file", recipe, resume=False)
     with pytest.raises(UserError, match="cannot be written to"):
-        checkpoints.claim(tmp_path / "file" / "run")
-    checkpoints.claim(tmp_path / "a" / "b")
+        checkpoints.find(tmp_path / "file" / "run", recipe, resume=False)
+    checkpoints.find(tmp_path / "a" / "b", recipe, resume=False)
     assert not (tmp_path / "a").exists()
     monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: (_ for _ in ()).throw(OSError(30, "Read-only")))
     with pytest.raises(UserError, match="cannot be written to .Read-only"):
-        checkpoints.newest_checkpoint(tmp_path)
+        checkpoints.find(tmp_path, recipe, resume=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- saving
@@ -299,7 +343,7 @@ def test_kill_at_any_moment_of_a_save(trainer, tmp_path):
     begun = time.perf_counter()
     save(trainer, 2)
     seconds = time.perf_counter() - begun
-    rng, cut_short = random.Random(0), 0
+    rng, cut_short, torn = random.Random(0), 0, 0
     for step in range(3, 15):
         child = os.fork()
         if child == 0:
@@ -309,9 +353,13 @@ def test_kill_at_any_moment_of_a_save(trainer, tmp_path):
         os.kill(child, signal.SIGKILL)
         cut_short += os.waitpid(child, 0)[1] == signal.SIGKILL
         there = checkpoints.list_checkpoints(tmp_path)
-        assert len(there) >= 2 and [checkpoints.find_fault(path) for path in there] == [None] * len(there)
-    assert cut_short >= 3
-    newest = checkpoints.newest_checkpoint(tmp_path)  # what --resume begins with
+        faults = [checkpoints.find_fault(path) for path in there]
+        assert faults[-1] is None and len(there) >= 2  # only an old one may be damaged, by its own deletion
+        torn += sum(fault is not None for fault in faults)
+    assert cut_short >= 3 and torn <= 1
+    newest, recipe = checkpoints.newest_checkpoint(tmp_path), SimpleNamespace(OUTPUT_DIR=str(tmp_path))
+    checkpoints.save_recipe(tmp_path, recipe)
+    checkpoints.begin(tmp_path, recipe, newest)  # as --resume does
     assert newest == there[-1] and not list(tmp_path.glob(".tmp*"))
 
 
@@ -358,12 +406,13 @@ def test_disk_is_checked_before_the_run(trainer, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("limit", "best", "kept"), [(3, None, {3, 4, 5}), (3, 1, {1, 4, 5}), (1, 2, {2, 5}), (1, None, {5}), (2, 5, {4, 5})]
 )
-def test_rotation(tmp_path, limit, best, kept):
+def test_rotation(trainer, tmp_path, limit, best, kept):
     """The newest and the best always stay and count towards SAVE_LIMIT."""
-    for step in range(1, 6):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    checkpoints.rotate(tmp_path, limit, best)
-    assert {checkpoints.step_of(path) for path in tmp_path.iterdir()} == kept
+    for step in range(2, 5):
+        save(trainer, step)
+    trainer.args.save_total_limit, trainer.state.best_global_step = limit, best
+    save(trainer, 5)
+    assert {checkpoints.step_of(path) for path in checkpoints.list_checkpoints(tmp_path)} == kept
 
 
 def test_trained_model_that_cannot_be_saved(trainer, tmp_path, monkeypatch):
@@ -375,16 +424,13 @@ def test_trained_model_that_cannot_be_saved(trainer, tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
-@pytest.mark.parametrize("generating", [False, True])
-def test_out_of_memory(trainer, generating):
-    """One line, the cheapest constants first; while generating, micro batches are no remedy."""
-    recipe = train_grpo.make_recipe(train_grpo.parse_flags([]))
-    recipe.GRADIENT_CHECKPOINTING = False
-    source = compile("raise error", "rollout.py" if generating else "trainer.py", "exec")
-    with pytest.raises(UserError) as caught, checkpoints.memory_advice(recipe, trainer.model, processes=1):
-        exec(source, {"error": torch.OutOfMemoryError("CUDA out of memory.")})
-    text = str(caught.value)
-    order = ["MICRO_BATCH 8 -> 4", "GRADIENT_CHECKPOINTING = True"] * (not generating)
-    order += ["BETA = 0", "MAX_COMPLETION_TOKENS", "QUESTIONS_PER_STEP 32", "USE_LORA = True"]
-    assert [text.index(part) for part in order] == sorted(text.index(part) for part in order)
-    assert ("MICRO_BATCH" in text) != generating and "256 x 768 tokens" in text
+def test_out_of_memory(train, tmp_path, monkeypatch):
+    """Wherever a GPU's memory runs out: one line with the constants to lower, the cheapest first."""
+    full = torch.OutOfMemoryError("CUDA out of memory.")
+    for place in ("monitor.Monitor.examine", "trainer.CarefulTrainer.training_step"):
+        with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
+            patch.setattr(place, lambda *_, **__: (_ for _ in ()).throw(full))
+            train(tmp_path / place)
+        names = re.findall(r"\b[A-Z]+_[A-Z_]+\b|BETA", str(caught.value))
+        assert names[:2] == ["MICRO_BATCH", "EVAL_BATCH"] and names[-1] == "USE_LORA"
+        assert set(names) <= set(train_grpo.default_recipe())

@@ -155,3 +155,18 @@ def test_half_made_is_made_anew(base, there, tmp_path, monkeypatch):
     demo.make_demo(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "model"]
     assert (tmp_path / "model" / "config.json").read_text() == (base / "model" / "config.json").read_text()
+
+
+def test_made_anew_after_a_change(base, tmp_path, monkeypatch, capsys):
+    """A base made under another prompt, or by another demo.py, is stale; what RECIPE says plays no part in it."""
+    folder = Path(shutil.copytree(base, tmp_path / "base"))
+    made = []
+    monkeypatch.setattr(demo, "teach_base", lambda _, __, to: made.append(to) or shutil.copytree(base / "model", to))
+    monkeypatch.setitem(demo.RECIPE, "LEARNING_RATE", 1.0)
+    demo.make_demo(folder)
+    assert not made
+    monkeypatch.setattr(demo, "SYSTEM_PROMPT", SYSTEM_PROMPT + " ")
+    demo.make_demo(folder)
+    assert len(made) == 1 and "anew" in capsys.readouterr().out
+    demo.make_demo(folder)
+    assert len(made) == 1

@@ -6,7 +6,7 @@ import math
 import pytest
 from conftest import error_line, run_script
 
-from accuracy import evaluate, grade, wilson_interval
+from accuracy import evaluate, grade, interval, summarize
 from prompts import to_conversation
 
 
@@ -26,14 +26,15 @@ from prompts import to_conversation
 )
 def test_grade(completion, strict, flexible):
     """strict reads the one answer block; flexible falls back on the last number only where that fails."""
-    assert grade(completion, 18) == {"strict": strict, "flexible": flexible}
+    graded = grade(completion, 18)
+    assert (graded["strict"], graded["flexible"]) == (strict, flexible)
 
 
-def test_wilson_interval_known_values():
+def test_interval_known_values():
     """Against the published closed form: 0 of 10 reaches up to 27.8 %, 50 of 100 spans 40.4 to 59.6 %."""
-    assert wilson_interval(0.0, 10) == pytest.approx([0.0, 0.2775], abs=1e-3)
-    assert wilson_interval(0.5, 100) == pytest.approx([0.4038, 0.5962], abs=1e-3)
-    low, high = wilson_interval(1.0, 1319)
+    assert interval(0.0, 10) == pytest.approx([0.0, 0.2775], abs=1e-3)
+    assert interval(0.5, 100) == pytest.approx([0.4038, 0.5962], abs=1e-3)
+    low, high = interval(1.0, 1319)
     assert high == pytest.approx(1.0) and 0.99 < low < 1
 
 
@@ -67,13 +68,14 @@ def test_evaluate_counts():
     sampler = Parrot({3: codes[right], 2: codes[wrong], 1: codes[cut]})
     questions = {"prompt": [to_conversation(q) for q in ("aaa", "b", "cc", "ddd")], "answer": [7, 7, 7, 7]}
     figures, rows = evaluate(sampler, Letters(), questions, 64, batch_size=3)
-    assert sampler.batches == [[1, 2, 3], [3]]  # alike lengths together
+    assert sampler.batches == [[3, 3, 2], [1]]  # alike lengths together, the longest first
     assert [row["question"] for row in rows] == ["aaa", "b", "cc", "ddd"]
     assert [row["strict"] for row in rows] == [True, False, False, True]
     assert figures["n"] == 4 and figures["strict"] == figures["flexible"] == 0.5
     assert figures["format"] == 0.5 and figures["truncated"] == 0.25
     assert math.isclose(figures["mean_tokens"], sum(len(codes[t]) for t in (right, cut, wrong, right)) / 4)
-    assert figures["strict_ci95"] == wilson_interval(0.5, 4)
+    assert figures["strict_ci95"] == interval(0.5, 4)
+    assert summarize(rows[:2])["strict"] == 0.5 and summarize(rows[:1])["strict"] == 1.0  # of any part of them
 
 
 def test_evaluate_script(demo_base, tmp_path):
@@ -85,7 +87,8 @@ def test_evaluate_script(demo_base, tmp_path):
     assert list(figures) == ["n", "strict", "flexible", "format", "mean_tokens", "truncated", "strict_ci95"]
     assert figures["n"] == 6 and "95 % interval" in done.stdout
     rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [list(row) for row in rows] == [["question", "completion", "label", "strict", "flexible"]] * 6
+    names = ["question", "completion", "label", "strict", "flexible", "format", "tokens", "truncated"]
+    assert [list(row) for row in rows] == [names] * 6
 
 
 def test_chat_script(demo_base):

@@ -14,7 +14,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 import monitor
 from console import UserError
-from monitor import ALARMS, REPEAT, WINDOW, Monitor, draw_curves, not_finite, preformatted, read_history, side_by_side
+from draw_curves import draw_curves, read_history
+from monitor import ALARMS, REPEAT, WINDOW, Monitor, not_finite, preformatted, side_by_side
 
 SAMPLE_KEYS = ["step", "question", "label", "completion", "extracted", "rewards", "advantage"]
 
@@ -187,7 +188,7 @@ def test_curves_of_one_run_and_of_several(tmp_path):
 def test_what_a_run_leaves_to_look_at(demo_output):
     done = run_script("train_grpo.py", "--demo", "--output", demo_output, "--max-steps", "3")
     assert "ALARM" not in done.stdout
-    assert done.stdout.count("held-out   strict") == 2  # before the first step and after the last
+    assert "held-out   " not in done.stdout  # the first point comes from `before`, the last one from `after`
 
     events = EventAccumulator(str(demo_output / "runs")).Reload().Tags()
     groups = {tag.partition("/")[0] for tag in events["scalars"]}
@@ -209,6 +210,9 @@ def test_what_a_run_leaves_to_look_at(demo_output):
     results = json.loads((demo_output / "results.json").read_text(encoding="utf-8"))
     assert results["best"] == {"step": 3, "strict": pytest.approx(history[-1]["heldout/strict"])}
     assert (demo_output / "checkpoint-3").is_dir()
+
+    assert history[0]["heldout/strict"] == pytest.approx(results["before"]["strict"])  # the sample is all of them
+    assert history[-1]["heldout/strict"] == pytest.approx(results["after"]["strict"])
 
     (demo_output / "curves.png").unlink()
     assert run_script("draw_curves.py", demo_output).stdout.strip() == str(demo_output / "curves.png")

@@ -137,11 +137,11 @@ def test_scripts_are_not_run(tmp_path):
 def test_missing_folders(name, monkeypatch):
     """What can only be a path is refused by name, before anybody waits for the hub."""
     monkeypatch.chdir(Path(__file__).parent.parent)
-    with pytest.raises(UserError, match="there is no folder"):
-        refuse_missing_folder(name)
+    with pytest.raises(UserError, match="^MODEL .--model.: there is no folder"):
+        refuse_missing_folder(name, "MODEL (--model)")
 
 
 @pytest.mark.parametrize("name", ["Qwen/Qwen2.5-0.5B-Instruct", "swulling/gsm8k_chinese", "gpt2", "tests"])
 def test_hub_ids_and_folders_pass(name, monkeypatch):
     monkeypatch.chdir(Path(__file__).parent.parent)
-    refuse_missing_folder(name)
+    refuse_missing_folder(name, "MODEL (--model)")

@@ -1,9 +1,13 @@
 """train_grpo.py run as a user runs it, on a tiny model, and the rules that its constants and flags obey."""
 
 import ast
+import io
 import json
 import math
+import re
+from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +18,8 @@ import accuracy
 import models
 import train_grpo
 from console import UserError
-from prompts import ANSWER_COLUMN, QUESTION_COLUMN, drop_long
+from monitor import Monitor
+from prompts import ANSWER_COLUMN, QUESTION_COLUMN
 
 SHARED = ROOT.parent / "shared" / "data"
 RESULT_KEYS = set(
@@ -65,7 +70,7 @@ def test_two_steps_as_a_user(demo_output, demo_base):
 
     saved = (demo_output / "model.safetensors").stat().st_mtime_ns
     line = error_line(run_script("train_grpo.py", "--demo", "--cpu", "--output", demo_output, expect=2))
-    assert "finished run" in line and "--output" in line
+    assert "already holds a run" in line and "--output" in line
     line = error_line(
         run_script("train_grpo.py", "--demo", "--cpu", "--max-steps", 2, "--resume", "--output", demo_output, expect=2)
     )
@@ -128,9 +133,7 @@ def test_without_a_gpu():
     assert sorted((ROOT / "output").iterdir()) == before
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--no-such-flag"], ["--max", "3"], ["--max-steps", "many"], ["stray"], ["--force-recipe"]]
-)
+@pytest.mark.parametrize("arguments", [["--no-such-flag"], ["--max", "3"], ["--max-steps", "many"], ["stray"]])
 def test_unknown_flags(arguments):
     """An unknown, abbreviated or malformed flag exits 2 before anything is loaded."""
     assert arguments[0] in run_script("train_grpo.py", *arguments, expect=2).stderr
@@ -155,10 +158,47 @@ def test_long_prompts_are_dropped():
     """Questions longer than the limit go, the rest keeps its order; too few left is an error that names the numbers."""
     from datasets import Dataset
 
-    questions = Dataset.from_dict({"answer": [0, 1, 2, 3]})
-    assert drop_long(questions, [5, 257, 256, 9], 256, 3)["answer"] == [0, 2, 3]
+    class Letters:
+        """A tokenizer of one token per character."""
+
+        def apply_chat_template(self, conversations, **_):
+            return {"input_ids": [list(messages[-1]["content"]) for messages in conversations]}
+
+    prompts = [[{"role": "user", "content": "x" * length}] for length in (5, 257, 256, 9)]
+    questions = Dataset.from_dict({"prompt": prompts, "answer": [0, 1, 2, 3]})
+    assert models.drop_long(questions, Letters(), 256, 3)["answer"][:] == [0, 2, 3]
     with pytest.raises(UserError, match="3 of 4 .* MAX_PROMPT_TOKENS 256 .* QUESTIONS_PER_STEP 4"):
-        drop_long(questions, [5, 257, 256, 9], 256, 4)
+        models.drop_long(questions, Letters(), 256, 4)
+
+
+def test_trackers_are_an_option(tmp_path):
+    """A tracker that is not installed is one line that names it; TensorBoard is written anyway."""
+    for name in ("swanlab", "nonsense", "tensorboard"):
+        with pytest.raises(UserError, match=f"REPORT_TO = '{name}' .*pip install.*TensorBoard"):
+            train_grpo.check_constants(SimpleNamespace(**train_grpo.default_recipe() | {"REPORT_TO": name}))
+    recipe = SimpleNamespace(**train_grpo.default_recipe() | {"OUTPUT_DIR": str(tmp_path), "REPORT_TO": "wandb"})
+    assert train_grpo.grpo_config(recipe, True, False, 32).report_to == ["wandb"]  # what the trainer is given
+
+
+def test_missing_folders_are_refused_by_constant(tmp_path):
+    """An edited constant is looked at like a flag, and the line says which of the two folders is not there."""
+    for constant in ("MODEL", "DATASET"):
+        command = with_constants(**{constant: str(tmp_path / "nowhere")})
+        line = error_line(run_script(*command, "--cpu", "--output", tmp_path / "run", expect=2))
+        assert f"{constant} (--{constant.lower()}): there is no folder" in line
+
+
+def test_steps_of_a_part_of_an_epoch():
+    """EPOCHS 0.5 is a whole number of steps in the header, the one that the trainer makes."""
+    recipe = SimpleNamespace(**train_grpo.default_recipe() | {"EPOCHS": 0.5})
+    device = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
+    args = SimpleNamespace(bf16=False)
+    watch = Monitor.__new__(Monitor)
+    watch.recipe, watch.test = recipe, []
+    watch.trainer = SimpleNamespace(train_dataset=range(7459), accelerator=device, args=args)
+    with redirect_stdout(io.StringIO()) as said:
+        watch.print_header(dropped=0)
+    assert "steps      117\n" in said.getvalue()  # half of 233
 
 
 def test_vllm_is_an_option(tmp_path):
@@ -182,7 +222,7 @@ def test_demo_overrides_existing_constants():
     """demo.RECIPE can only change constants that exist; a misspelt one would silently do nothing."""
     import demo
 
-    assert set(demo.RECIPE) <= {name for name in vars(train_grpo) if name.isupper()}
+    assert set(demo.RECIPE) <= set(train_grpo.default_recipe())
 
 
 def test_no_dead_constant():
@@ -192,7 +232,11 @@ def test_no_dead_constant():
     read = {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
     read |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
     read |= {n.slice.value for n in nodes if isinstance(n, ast.Subscript) and isinstance(n.slice, ast.Constant)}
-    assert {name for name in vars(train_grpo) if name.isupper()} <= read
+    assert set(train_grpo.default_recipe()) <= read
+    names = re.findall(r"^([A-Z_]+)(?:: \S.*)? = ", (ROOT / "train_grpo.py").read_text(encoding="utf-8"), flags=re.M)
+    assert set(names) - {"OUT_OF_MEMORY"} == set(train_grpo.default_recipe()) - {
+        "REWARD_WEIGHTS"
+    }  # none without a type
 
 
 @pytest.mark.parametrize(
