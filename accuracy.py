@@ -66,9 +66,9 @@ def evaluate(
     with tqdm(total=len(ids), desc=title, unit=" questions", disable=title is None, leave=False) as bar:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            for i, new in zip(batch, sampler.generate([ids[i] for i in batch], max_new_tokens), strict=True):
+            made = sampler.generate([ids[i] for i in batch], max_new_tokens, on_finished=bar.update)
+            for i, new in zip(batch, made, strict=True):
                 completion_ids[i] = new
-            bar.update(len(batch))
     texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
     rows = [
         {"question": prompt[-1]["content"], "completion": text, "label": label, **grade(text, label)}

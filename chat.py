@@ -29,7 +29,7 @@ def main() -> None:
 
     recipe = train_grpo.default_recipe() | find_beside(flags.model, "recipe/recipe.json")
     model, tokenizer = load_model(flags.model)
-    device, autocast = pick_device(flags.cpu)
+    device, autocast = pick_device(flags.cpu, recipe["BF16"])
     sampler = make_sampler(model.to(device).eval(), tokenizer, autocast)
     prompt = ">>> " if sys.stdin.isatty() else ""  # a pipe gets answers only
     if prompt:

@@ -256,6 +256,8 @@ def save_trained(trainer: Trainer, output: Path) -> None:
     """
     temporary, lora = output / ".tmp-model", isinstance(trainer.model, PeftModel)
     trainer.model.config.use_cache = True  # the trainer switched it off; whoever loads the model wants it
+    # merged into rounded weights, small updates would be lost
+    assert all(weight.dtype == torch.float32 for weight in trainer.model.parameters())
     try:
         trainer.save_model(str(temporary / "adapter" if lora else temporary))
         if not trainer.args.should_save:

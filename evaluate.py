@@ -35,7 +35,7 @@ def main() -> None:
     dataset = flags.dataset or find_beside(flags.model, "results.json").get("dataset", recipe["DATASET"])
     questions = load_questions(dataset, flags.split)
     questions = questions.select(range(min(flags.limit or len(questions), len(questions))))
-    device, autocast = pick_device(flags.cpu)
+    device, autocast = pick_device(flags.cpu, recipe["BF16"])
     sampler = make_sampler(model.to(device).eval(), tokenizer, autocast)
     figures, rows = evaluate(
         sampler, tokenizer, questions, recipe["MAX_COMPLETION_TOKENS"], recipe["EVAL_BATCH"], title="evaluating"

@@ -14,14 +14,32 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def pick_device(cpu: bool) -> tuple[torch.device, torch.dtype | None]:
-    """The device to compute on, and the dtype of autocast there (None: float32 throughout)."""
+def pick_device(cpu: bool, bf16: bool = True) -> tuple[torch.device, torch.dtype | None]:
+    """The device to compute on, and the dtype of autocast there (None: float32 throughout).
+
+    Args:
+        cpu: stay on the CPU (--cpu).
+        bf16: autocast where the device has units for it (BF16). Emulated it would be slower than float32; and fp16,
+            all that a V100 or T4 has, would need loss scaling and overflows.
+    """
     import torch
 
     if cpu or not torch.cuda.is_available():
-        return torch.device("cpu"), None
-    # V100 and T4 have no bf16 units; fp16 would need loss scaling and overflows, so they compute in float32
-    return torch.device("cuda"), torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+        units = torch.cpu.get_capabilities()
+        device, fast = torch.device("cpu"), units.get("avx512_bf16", False) or units.get("amx_bf16", False)
+    else:
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for each width: half a second every time
+        device, fast = torch.device("cuda"), torch.cuda.is_bf16_supported(including_emulation=False)
+    return device, torch.bfloat16 if bf16 and fast else None
+
+
+def describe_precision(device: torch.device, autocast: torch.dtype | None, bf16: bool) -> str:
+    """What `pick_device` chose, and why, for a person."""
+    if autocast:
+        return "float32 weights, bf16 autocast (it has units for that)"
+    if not bf16:
+        return "float32 (BF16 = False)"
+    return "float32 (no bf16 units" + ("; fp16 would overflow)" if device.type == "cuda" else ")")
 
 
 def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

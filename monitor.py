@@ -26,6 +26,7 @@ from transformers import TrainerCallback
 
 from accuracy import describe, evaluate, summarize
 from console import UserError
+from models import describe_precision
 from prompts import to_conversation
 from rewards import extract_answer
 
@@ -212,9 +213,7 @@ class Monitor(TrainerCallback):
         """One block that says what is about to happen; `dropped` counts the questions that were too long."""
         recipe, trainer, train = self.recipe, self.trainer, len(self.trainer.train_dataset)
         device, steps = trainer.accelerator.device, math.ceil(recipe.EPOCHS * (train // recipe.QUESTIONS_PER_STEP))
-        precision = "float32 weights, bf16 autocast" if trainer.args.bf16 else "float32"
-        if device.type == "cuda" and not trainer.args.bf16:
-            precision += " (this GPU has no bf16; fp16 would overflow)"
+        precision = describe_precision(device, torch.bfloat16 if trainer.args.bf16 else None, recipe.BF16)
         print(
             f"model      {recipe.MODEL} ({f'LoRA rank {recipe.LORA_RANK}' if recipe.USE_LORA else 'all weights'})",
             f"data       {recipe.DATASET}: {train} training questions ({dropped} longer than "
@@ -431,9 +430,9 @@ def say_answer(completion: str) -> str:
 
 
 def peak_memory_gb() -> float:
-    """GPU memory that tensors took at the most; without CUDA this process's memory."""
+    """GPU memory that was reserved at the most, captured graphs included; without CUDA this process's memory."""
     if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 1e9
+        return torch.cuda.max_memory_reserved() / 1e9
     if sys.platform == "win32":
         import psutil
 

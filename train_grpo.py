@@ -48,6 +48,7 @@ QUESTIONS_PER_STEP: int = 32  # distinct questions
 COMPLETIONS_PER_QUESTION: int = 8  # the group: its mean is the baseline of every completion in it
 MICRO_BATCH: int = 8  # completions per forward and GPU; halve it if out of memory, the step stays the same
 GRADIENT_CHECKPOINTING: bool = True  # False: a fifth less arithmetic, 1.6 MiB more per token of a micro batch
+BF16: bool = True  # autocast where the device has units for it; weights are float32 in any case. False: all float32
 LEARNING_RATE: float = 1e-6  # peak; the tutorial's 5e-6 went wrong at about step 200
 WARMUP_STEPS: int = 10  # then cosine to zero
 ADAM_BETAS: tuple[float, float] = (0.9, 0.99)
@@ -259,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
     from rollout import Rollout
     from trainer import CarefulTrainer
 
-    device, autocast = pick_device(flags.cpu)
+    device, autocast = pick_device(flags.cpu, recipe.BF16)
     on_cpu = device.type == "cpu"
     if on_cpu and not (flags.demo or flags.cpu):
         raise UserError(

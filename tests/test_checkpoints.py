@@ -21,7 +21,7 @@ from console import UserError
 from draw_curves import read_history
 
 SMALL = {"QUESTIONS_PER_STEP": 2, "MAX_COMPLETION_TOKENS": 32, "EVAL_QUESTIONS": 8, "SAVE_EVERY": 1, "SAVE_LIMIT": 9}
-SMALL |= {"BETA": 0.0, "LEARNING_RATE": 5e-4, "WARMUP_STEPS": 1, "GRADIENT_CHECKPOINTING": False}
+SMALL |= {"BETA": 0.0, "BF16": False, "LEARNING_RATE": 5e-4, "WARMUP_STEPS": 1, "GRADIENT_CHECKPOINTING": False}
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,8 @@ class Parrot:
     def __init__(self, answers):
         self.answers, self.batches = answers, []
 
-    def generate(self, prompt_ids, max_new_tokens, temperature=0.0):
+    def generate(self, prompt_ids, max_new_tokens, temperature=0.0, on_finished=None):
+        on_finished(len(prompt_ids))
         self.batches.append([len(ids) for ids in prompt_ids])
         return [self.answers[len(ids)] for ids in prompt_ids]
 

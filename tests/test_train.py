@@ -240,20 +240,25 @@ def test_no_dead_constant():
 
 
 @pytest.mark.parametrize(
-    ("cuda", "bf16", "cpu", "expected"),
+    ("cuda", "bf16", "cpu", "units", "expected"),
     [
-        (True, True, False, ("cuda", torch.bfloat16)),
-        (True, False, False, ("cuda", None)),  # V100, T4: float32, never fp16
-        (True, True, True, ("cpu", None)),
-        (False, False, False, ("cpu", None)),
+        (True, True, False, {}, ("cuda", torch.bfloat16)),
+        (True, False, False, {}, ("cuda", None)),  # V100, T4: float32, never fp16
+        (True, True, True, {"avx512_f": True}, ("cpu", None)),  # without units of its own bf16 is emulated, and slow
+        (False, False, False, {}, ("cpu", None)),
+        (False, False, False, {"avx512_bf16": True}, ("cpu", torch.bfloat16)),
+        (True, False, True, {"amx_bf16": True}, ("cpu", torch.bfloat16)),
     ],
 )
-def test_device_and_precision(monkeypatch, cuda, bf16, cpu, expected):
-    """bf16 autocast only where the GPU has the units for it, asked without emulation."""
+def test_device_and_precision(monkeypatch, cuda, bf16, cpu, units, expected):
+    """bf16 autocast only where the GPU or the CPU has the units for it, asked without emulation."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
     device, autocast = models.pick_device(cpu)
     assert (device.type, autocast) == expected
+    assert models.pick_device(cpu, bf16=False) == (device, None)  # BF16 = False
+    assert ("bf16 autocast" in models.describe_precision(device, autocast, True)) == (autocast is not None)
 
 
 def test_the_demo_learns(tmp_path):
