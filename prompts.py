@@ -34,9 +34,10 @@ def to_conversation(question: str) -> list[dict]:
 
 def read_split(dataset: str, split: str) -> Dataset:
     """One split of a hub id or of a local folder (save_to_disk, parquet, JSON lines). Raises UserError."""
-    from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets import DatasetDict, disable_progress_bars, load_dataset, load_from_disk
 
     refuse_missing_folder(dataset, "the data set")
+    disable_progress_bars()  # of reading and filtering, which take a moment; a download still shows its own
     folder = Path(dataset)
     saved = any((folder / name).exists() for name in ("dataset_dict.json", "state.json"))
     try:

@@ -90,14 +90,6 @@ PROBE_QUESTION: str = "5分钟多少秒"  # the question that the tutorial's mod
 REPORT_TO: str = "none"  # a tracker besides TensorBoard: "wandb", "swanlab", "trackio", "mlflow" ...
 
 
-# What to say when a GPU's memory is full, the cheapest first
-OUT_OF_MEMORY = (
-    "out of GPU memory; lower MICRO_BATCH (the step stays the same), lower EVAL_BATCH, set GRADIENT_CHECKPOINTING = "
-    "True, set BETA = 0.0, lower MAX_COMPLETION_TOKENS, lower QUESTIONS_PER_STEP, all of which --resume allows; or "
-    "set USE_LORA = True in a new run"
-)
-
-
 # ------------------------------------------------------------------------------------------- what becomes of them
 def grpo_config(recipe: SimpleNamespace, on_cpu: bool, bf16: bool, accumulation: int) -> "GRPOConfig":
     """The constants under TRL's names, and the few settings that are no choice."""
@@ -236,6 +228,14 @@ def check_constants(recipe: SimpleNamespace) -> None:
                 f"REPORT_TO = {recipe.REPORT_TO!r} is no tracker that is installed here: pip install it, or set it to "
                 '"none" (TensorBoard is written in any case)'
             )
+
+
+# What to say when a GPU's memory is full, the cheapest first
+OUT_OF_MEMORY = (
+    "out of GPU memory; lower MICRO_BATCH (the step stays the same), lower EVAL_BATCH, set GRADIENT_CHECKPOINTING = "
+    "True, set BETA = 0.0, lower MAX_COMPLETION_TOKENS, lower QUESTIONS_PER_STEP, all of which --resume allows; or "
+    "set USE_LORA = True in a new run"
+)
 
 
 def main(argv: list[str] | None = None) -> None:
