@@ -1,12 +1,14 @@
-"""GRPOTrainer whose checkpoints are whole or not there, and which trains on where one cannot be saved."""
+"""GRPOTrainer with two changes: no wasted columns or rows, and checkpoints that are whole or not there."""
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
+import trl.trainer.utils
+from accelerate.utils import DistributedType, gather_object
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -16,9 +18,23 @@ from trl import GRPOTrainer
 from checkpoints import attempt, checkpoint_bytes, list_checkpoints, publish
 from console import UserError
 
+# TRL's LM head projects the labelled positions only on CUDA, and all of them on a CPU, prompts and padding included
+# (other devices would recompile for every new shape). At a vocabulary of 150,000 that is half of a CPU's work.
+trl.trainer.utils._use_triton = lambda device: True
+
 
 class CarefulTrainer(GRPOTrainer):
-    """GRPOTrainer whose checkpoints are whole or not there, and which goes on where one cannot be saved.
+    """GRPOTrainer that computes no wasted columns or rows, and whose checkpoints are whole or not there.
+
+    TRL pads prompts and completions to the longest of the generation batch and trains on all of that in every micro
+    batch (huggingface/trl issue #7179). Here the gradient is the same, and less is computed for it:
+
+    - trim: a micro batch is as wide as its longest row, prompt and completion together;
+    - sort: rows of like length come into one micro batch;
+    - skip: a completion whose advantage is 0, as in a group of equal rewards, has no gradient and is not run.
+
+    There is no public way to do this, so three private methods of TRL are overridden. A checkpoint that cannot be
+    saved costs a line on the console, not the run.
 
     Raises:
         UserError: weights that are sharded over the processes.
@@ -32,6 +48,105 @@ class CarefulTrainer(GRPOTrainer):
                 "size fits every GPU: launch without them, or with ZeRO-1 or -2"
             )
 
+    # ------------------------------------------------------------------------------------- no wasted columns or rows
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: torch.nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **images,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Log-probabilities and entropies of the completions' tokens; the policy, old and reference passes use it.
+
+        Args:
+            input_ids, attention_mask: [rows, columns], prompts padded on the left, completions on the right.
+            logits_to_keep: the last so many columns hold the completions.
+            batch_size: rows at a time; all at once where not given.
+            compute_aux_loss, images: left to TRL, as is every call with them.
+
+        Returns:
+            Log-probabilities and (or None) entropies, [rows, logits_to_keep], 0 where masked; None.
+        """
+        if compute_aux_loss or any(value is not None for value in images.values()):
+            return super()._get_per_token_logps_and_entropies(
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                batch_size,
+                compute_entropy,
+                compute_aux_loss,
+                **images,
+            )
+        prompt_columns = input_ids.size(1) - logits_to_keep
+        scored = attention_mask[:, prompt_columns:].bool()  # [rows, logits_to_keep]
+        start = prompt_columns - attention_mask[:, :prompt_columns].sum(1)  # [rows], the first used column
+        length = attention_mask.sum(1) * scored.any(1)  # [rows], 0 where nothing is scored
+        order = length.argsort(descending=True)
+        order = order[: max(int((length > 0).sum()), 1)]  # never none: a pass without the model would have no gradients
+        logps = torch.zeros(scored.shape, device=input_ids.device)
+        entropies = torch.zeros_like(logps)
+        step = 64 if input_ids.is_cuda else 1  # few shapes: allocator and attention kernels prepare for each new one
+        for rows in order.split(batch_size or len(order)):
+            width = max(math.ceil(int(length[rows].max()) / step) * step, 2)
+            # Rows move to the left, [chunk, width]. Padding then comes last, where causal attention never looks, so
+            # that no mask is needed; positions count from a row's own first token.
+            columns = start[rows, None] + torch.arange(width, device=input_ids.device)
+            ids = input_ids[rows].gather(1, columns.clamp(max=input_ids.size(1) - 1))
+            here = (columns >= prompt_columns) & (columns < (start + length)[rows, None])  # completion tokens
+            with self.accelerator.autocast():
+                outputs = model(input_ids=ids, labels=ids.masked_fill(~here, -100), fused_lm_head=True)
+            row, column = scored[rows].nonzero(as_tuple=True)  # in the order of here.nonzero()
+            # outputs are [chunk, width - 1], for the tokens from the second one on
+            logps[rows[row], column] = outputs.log_probs[here[:, 1:]]
+            if compute_entropy:
+                entropies[rows[row], column] = outputs.entropy[here[:, 1:]]
+        return logps, entropies if compute_entropy else None, None
+
+    def _rows_are_independent(self) -> bool:
+        """Whether the gradient is a sum over rows: none depends on the others of its micro batch."""
+        whole = self.loss_type == "bnpo" or self.top_entropy_quantile < 1  # a mean, a quantile over the micro batch
+        return not (whole or self._entropy_bonus_enabled or self.aux_loss_enabled)
+
+    def _teaches(self, inputs: dict) -> torch.Tensor:
+        """Which rows have a gradient, [rows]: without a KL term those whose advantage is not exactly 0."""
+        if self.beta == 0 and self._rows_are_independent() and self.model.training:
+            return inputs["advantages"] != 0
+        return torch.ones_like(inputs["advantages"], dtype=torch.bool)
+
+    def _prepare_inputs(self, generation_batch):
+        before = self._buffered_inputs
+        inputs, parts = super()._prepare_inputs(generation_batch), self._buffered_inputs
+        if parts is before or not self._rows_are_independent() or "num_images" in inputs:
+            return inputs
+        # New completions, in micro batches: sort those that share an optimizer step, whatever the two settings are.
+        # Rows that teach nothing come first, to be skipped together, then the longest: memory peaks at once.
+        window = math.gcd(len(parts), self.args.gradient_accumulation_steps)
+        for block in (parts[first : first + window] for first in range(0, len(parts), window)):
+            rows = {name: torch.cat([part[name] for part in block]) for name, value in block[0].items() if value.ndim}
+            length = rows["prompt_mask"].sum(1) + rows["completion_mask"].sum(1)
+            order = length.where(self._teaches(rows), length.max() + 1).argsort(descending=True, stable=True)
+            for name, values in rows.items():
+                for part, chunk in zip(block, values[order].chunk(window), strict=True):
+                    part[name] = chunk  # in place: `inputs` is one of them
+        return inputs
+
+    def _compute_loss(self, model, inputs):
+        live = self._teaches(inputs)
+        alone = self.accelerator.distributed_type == DistributedType.NO  # else all processes have to meet in the model
+        if alone and not live.any() and not self.accelerator.sync_gradients:  # the last one makes gradients of zeros
+            return torch.zeros((), device=live.device, requires_grad=True)
+        # A masked row counts as a row: no loss's divisor changes. Logged entropy and clipping are means over live rows.
+        loss = super()._compute_loss(model, inputs | {"completion_mask": inputs["completion_mask"] * live[:, None]})
+        if not self.accelerator.gather(live.sum()).any():  # nothing was measured; TRL leaves NaN out of its means
+            self._metrics["train" if self.model.training else "eval"]["entropy"][-1] = math.nan
+        return loss
+
+    # --------------------------------------------------------------------------------------------- whole checkpoints
     def _save_checkpoint(self, model, trial) -> None:
         # Trainer's own version has all processes meet half-way, where one whose disk is full never arrives
         self.store_flos()  # a sum over all processes
