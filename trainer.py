@@ -57,8 +57,7 @@ class CarefulTrainer(GRPOTrainer):
         logits_to_keep: int,
         batch_size: int | None = None,
         compute_entropy: bool = False,
-        compute_aux_loss: bool = False,
-        **images,
+        **others,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Log-probabilities and entropies of the completions' tokens; the policy, old and reference passes use it.
 
@@ -66,21 +65,14 @@ class CarefulTrainer(GRPOTrainer):
             input_ids, attention_mask: [rows, columns], prompts padded on the left, completions on the right.
             logits_to_keep: the last so many columns hold the completions.
             batch_size: rows at a time; all at once where not given.
-            compute_aux_loss, images: left to TRL, as is every call with them.
+            others: images, an auxiliary loss; a call with any of them is left to TRL.
 
         Returns:
             Log-probabilities and (or None) entropies, [rows, logits_to_keep], 0 where masked; None.
         """
-        if compute_aux_loss or any(value is not None for value in images.values()):
+        if any(value is not None and value is not False for value in others.values()):
             return super()._get_per_token_logps_and_entropies(
-                model,
-                input_ids,
-                attention_mask,
-                logits_to_keep,
-                batch_size,
-                compute_entropy,
-                compute_aux_loss,
-                **images,
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **others
             )
         prompt_columns = input_ids.size(1) - logits_to_keep
         scored = attention_mask[:, prompt_columns:].bool()  # [rows, logits_to_keep]
