@@ -182,17 +182,20 @@ def show_profile(flags: argparse.Namespace) -> None:
     widths = {min(tile, vocabulary), vocabulary % tile}  # of the LM head's tiles
 
     def group(event) -> str:
-        product = event.key.removeprefix("aten::") in ("mm", "addmm", "addmm_", "bmm", "linear", "matmul")
+        name = event.key.removeprefix("aten::")
+        product = name in ("mm", "addmm", "addmm_", "bmm", "linear", "matmul")
         if any(size in widths for shape in event.input_shapes for size in shape if isinstance(size, int)):
             return "LM head, products" if product else "LM head, the rest"
-        if product or "mkldnn" in event.key:
+        if product or "mkldnn" in name:
             return "layers, products"
-        if "attention" in event.key:
-            return "attention"
-        return "optimizer" if "adam" in event.key.lower() else "other"
+        if "attention" in name:
+            return "layers, attention"
+        if name in ("copy_", "clone", "cat", "fill_", "zero_", "add_"):
+            return "casts, copies, sums of gradients"
+        return "optimizer" if "adam" in name.lower() else "other"
 
     groups: dict[str, float] = {}
-    for event in record.key_averages(group_by_input_shape=True):
+    for event in record.key_averages(group_by_input_shape=True):  # shapes tell the LM head from the layers
         time_us = event.self_device_time_total if CUDA else event.self_cpu_time_total
         groups[group(event)] = groups.get(group(event), 0.0) + time_us / 1e6
     total = sum(groups.values())
