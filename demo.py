@@ -31,7 +31,6 @@ RECIPE = {
     "MAX_STEPS": 50,
     "EVAL_EVERY": 5,
     "EVAL_QUESTIONS": TEST_QUESTIONS,
-    "BETA": 0.0,  # there is nothing worth staying close to
     "MAX_COMPLETION_TOKENS": 64,  # a careful answer has about 35
 }
 

@@ -68,7 +68,7 @@ else:  # the demo's precision
     VARIANTS["ours, float32"] = OURS | {"fast": True, "bf16": False}
 EVAL_QUESTIONS, EVAL_LENGTH = 200, 256 if CUDA else 48
 GROWTH_COMPLETIONS, GROWTH_LENGTHS = ((16, 64, 256), (128, 256, 512)) if CUDA else ((16, 64, 256), (16, 32, 64))
-RECIPE = {"completions": 256, "group": 8, "length": 512, "micro": 8, "beta": 0.001, "prompt_tokens": (150, 256)}
+RECIPE = {"completions": 256, "group": 8, "length": 512, "micro": 16, "beta": 0.0, "prompt_tokens": (150, 256)}
 
 
 def now() -> float:

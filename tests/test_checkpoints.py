@@ -21,7 +21,7 @@ from console import UserError
 from draw_curves import read_history
 
 SMALL = {"QUESTIONS_PER_STEP": 2, "MAX_COMPLETION_TOKENS": 32, "EVAL_QUESTIONS": 8, "SAVE_EVERY": 1, "SAVE_LIMIT": 9}
-SMALL |= {"BETA": 0.0, "BF16": False, "LEARNING_RATE": 5e-4, "WARMUP_STEPS": 1, "GRADIENT_CHECKPOINTING": False}
+SMALL |= {"BF16": False, "LEARNING_RATE": 5e-4, "WARMUP_STEPS": 1, "GRADIENT_CHECKPOINTING": False}
 
 
 @pytest.fixture(scope="module")
@@ -201,14 +201,14 @@ def test_changed_recipe_is_named_and_recorded(copy, capsys):
     file = copy / "recipe" / "recipe.json"
     old, recipe = json.loads(file.read_text()), recipe_of(copy)
     checkpoints.write_json(copy / "results.json", {"finished": False})
-    recipe.LEARNING_RATE, recipe.MICRO_BATCH = 1e-4, 16
+    recipe.LEARNING_RATE, recipe.MICRO_BATCH = 1e-4, 8
     checkpoint = checkpoints.find(copy, recipe, resume=True)
     assert json.loads(file.read_text()) == old and not capsys.readouterr().out  # looking changes nothing
     checkpoints.begin(copy, recipe, checkpoint)
     said = capsys.readouterr().out.splitlines()
     assert said == [
         "note: from checkpoint-3 on LEARNING_RATE is 0.0001, no longer 0.0005",
-        "note: from checkpoint-3 on MICRO_BATCH is 16, no longer 8",
+        "note: from checkpoint-3 on MICRO_BATCH is 8, no longer 16",
     ]
     assert json.loads((copy / "recipe" / "recipe-until-3.json").read_text()) == old
     assert checkpoints.changed_constants(copy, recipe) == {}

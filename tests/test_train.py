@@ -151,8 +151,8 @@ def test_unreachable_hub(tmp_path):
 def test_batch_arithmetic():
     """The same completions per step on any number of processes; what does not divide is refused with the numbers."""
     recipe = train_grpo.make_recipe(train_grpo.parse_flags([]))
-    assert [train_grpo.accumulation_steps(recipe, n) for n in (1, 2, 8, 32)] == [32, 16, 4, 1]
-    with pytest.raises(UserError, match="256 completions .* MICRO_BATCH 8 on 3 process"):
+    assert [train_grpo.accumulation_steps(recipe, n) for n in (1, 2, 8, 16)] == [16, 8, 2, 1]
+    with pytest.raises(UserError, match="256 completions .* MICRO_BATCH 16 on 3 process"):
         train_grpo.accumulation_steps(recipe, 3)
 
 
@@ -216,7 +216,7 @@ def test_flags_override_constants():
     recipe = train_grpo.make_recipe(train_grpo.parse_flags(flags))
     assert [recipe.MODEL, recipe.DATASET, recipe.OUTPUT_DIR, recipe.MAX_STEPS, recipe.SEED] == ["m", "d", "o", 7, 8]
     demo = train_grpo.make_recipe(train_grpo.parse_flags(["--demo"]))
-    assert demo.OUTPUT_DIR == "output/demo" and demo.BETA == 0.0 and demo.LOSS_TYPE == train_grpo.LOSS_TYPE
+    assert demo.OUTPUT_DIR == "output/demo" and not demo.BF16 and demo.LOSS_TYPE == train_grpo.LOSS_TYPE
     assert train_grpo.make_recipe(train_grpo.parse_flags(["--demo", "--max-steps", "3"])).MAX_STEPS == 3
 
 
