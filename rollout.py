@@ -4,8 +4,8 @@ TRL's own path calls `model.generate`, which launches every small kernel of ever
 autocast, casts every weight again for every token. Here instead
 
 1. a *shadow* of the policy, the same architecture on the trainer's own tensors, runs the forward pass. Where training
-   autocasts, its linear layers hold copies in that lower precision, so that it rounds as the trainer rounds, but casts
-   once per generation instead of once per token. LoRA is merged into such copies as well;
+   autocasts, its linear layers hold copies in that lower precision, LoRA's included, so that it rounds as the trainer
+   rounds, but casts once per generation instead of once per token;
 2. each distinct prompt is read once, and its keys and values are copied to all of its completions;
 3. on CUDA one decode step is captured as a graph and replayed; elsewhere the same step runs eagerly, and rows that
    have finished are dropped on the way.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -24,9 +25,9 @@ from typing import TYPE_CHECKING
 import torch
 from peft.tuners.lora import LoraLayer
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from console import first_line, note
-from models import encode
+from console import first_line
 
 if TYPE_CHECKING:  # chat and evaluation need not wait for it
     from trl import GRPOConfig, GRPOTrainer
@@ -46,10 +47,15 @@ def why_not(model: PreTrainedModel, args: GRPOConfig | None = None) -> str | Non
         for name in ("generation_kwargs", "cache_implementation", "use_transformers_continuous_batching"):
             if getattr(args, name):
                 return f"{name} is set"
+        if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true" or is_deepspeed_zero3_enabled():
+            return "the weights are sharded (FSDP or ZeRO-3)"
     for adapter in getattr(model, "peft_config", {}).values():
-        special = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
+        special = ("lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
         if adapter.peft_type != "LORA" or any(getattr(adapter, name, None) for name in special):
             return "the adapter is not a plain LoRA"
+    for layer in _lora_layers(model):  # a variant is DoRA and the like
+        if layer.lora_variant or not isinstance(layer.get_base_layer(), torch.nn.Linear):
+            return "the adapter is not a plain LoRA of linear layers"
     base = _base(model)
     if getattr(base, "is_quantized", False):
         return "the weights are quantized"
@@ -68,6 +74,17 @@ def _base(model: PreTrainedModel) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def _lora_layers(model: PreTrainedModel) -> list[LoraLayer]:
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def _adapters(layer: LoraLayer) -> list[tuple[str, float]]:
+    """Names and scales of the adapters that a LoRA layer adds to the output of its base layer."""
+    if layer.merged or layer.disable_adapters:
+        return []
+    return [(name, layer.scaling[name]) for name in layer.active_adapters if name in layer.lora_A]
+
+
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a completion: the model's own and the tokenizer's, as in TRL."""
     ids = model.generation_config.eos_token_id
@@ -76,6 +93,25 @@ def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
 
 def _cut(row: list[int], eos: list[int]) -> list[int]:
     return row[: next((i + 1 for i, token in enumerate(row) if token in eos), len(row))]
+
+
+class LoraLinear(torch.nn.Linear):
+    """A linear layer and its adapters, computed as PEFT's own forward does.
+
+    Merged into a weight in bf16 most of an adapter would round away: its values lie far below the weight's last bit.
+    """
+
+    def __init__(self, linear: torch.nn.Linear, low_rank: list[tuple[torch.Tensor, torch.Tensor, float]]):
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, linear.weight.device)
+        self.low_rank = low_rank  # for each adapter A (rank, in features), B (out features, rank) and its scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in features) -> (..., out features)"""
+        output = base = super().forward(x)
+        for a, b, scale in self.low_rank:
+            low = torch.nn.functional.linear(x.to(a.dtype), a)
+            output = output + torch.nn.functional.linear(low, b) * scale
+        return output.to(base.dtype)
 
 
 class Batch:
@@ -145,41 +181,9 @@ class Sampler:
         self.device = next(model.parameters()).device
         self.use_graph = use_graph and self.device.type == "cuda"
         self.eos = _eos_ids(model, tokenizer)
-        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos[0]
-        self.eos_ids = torch.tensor(self.eos, device=self.device)
-        self.addresses: list[int] = []
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Bring the shadow's copies up to date. All else in it is the model's own and needs nothing."""
-        addresses = [parameter.data_ptr() for parameter in self.model.parameters()]
-        if addresses != self.addresses:  # the first time, or the model was moved: references and graphs are stale
-            self.addresses = addresses
-            self._build_shadow()
-        for target, tensor, lora in self.copies:
-            if lora is not None and not (lora.merged or lora.disable_adapters):
-                tensor = tensor + sum(lora.get_delta_weight(name) for name in lora.active_adapters)
-            target.copy_(tensor)
-
-    def _build_shadow(self) -> None:
-        """A module of its own, so that nothing patched into the trainer's model acts here, and nothing here there."""
-        base = _base(self.model)
-        with torch.device("meta"):  # the structure only; from a deep copy, for building writes into the config
-            self.shadow = type(base)._from_config(copy.deepcopy(base.config), attn_implementation="sdpa").eval()
-        self.copies: list[tuple[torch.Tensor, torch.Tensor, LoraLayer | None]] = []  # target, source, what to merge
-        for name, module in self.shadow.named_modules():
-            source = base.get_submodule(name)
-            lora = source if isinstance(source, LoraLayer) else None
-            owner = lora.get_base_layer() if lora else source
-            lower = self.autocast if isinstance(module, torch.nn.Linear) else None
-            for key, tensor in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
-                if lower or lora:
-                    target = torch.nn.Parameter(torch.empty_like(tensor, dtype=lower), requires_grad=False)
-                    self.copies.append((target, tensor, lora if key == "weight" else None))
-                    tensor = target
-                setattr(module, key, tensor)
-        self.batch: Batch | None = None  # what the graphs below read and write
-        self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}  # greedy or not -> one captured step
+        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos[0]
+        self._ends = torch.tensor(self.eos, device=self.device)
+        self._layout: tuple[list, list] | None = None  # of the model, when the shadow was built
 
     def generate(self, prompt_ids: list[list[int]], max_new_tokens: int, temperature: float = 0.0) -> list[list[int]]:
         """One completion per prompt, in order, its end token included; temperature 0 takes the likeliest token."""
@@ -196,11 +200,54 @@ class Sampler:
                 return
             yield token
 
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        """Bring the shadow's copies up to date. All else in it is the model's own and needs nothing."""
+        layers = _lora_layers(self.model)
+        for layer in layers:
+            if layer.merged and layer.disable_adapters:
+                layer.unmerge()  # as its own forward does
+        layout = [parameter.data_ptr() for parameter in self.model.parameters()], list(map(_adapters, layers))
+        if layout != self._layout:  # the first time, or moved, or other adapters: references and graphs are stale
+            self._layout = layout
+            self._build_shadow()
+        for target, source in self.copies:
+            target.copy_(source)
+
+    def _build_shadow(self) -> None:
+        """A module of its own, so that nothing patched into the trainer's model acts here, and nothing here there."""
+        self._batch: Batch | None = None  # what the graphs below read and write
+        self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}  # greedy or not -> one captured step
+        self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # in autocast's precision, and what they copy
+        base = _base(self.model)
+        with torch.device("meta"):  # the structure only; from a deep copy, for building writes into the config
+            self.shadow = type(base)._from_config(copy.deepcopy(base.config), attn_implementation="sdpa").eval()
+        for name, module in list(self.shadow.named_modules()):
+            owner, linear = base.get_submodule(name), isinstance(module, torch.nn.Linear)
+            if isinstance(owner, LoraLayer):
+                low_rank = [
+                    (self._lowered(owner.lora_A[adapter].weight), self._lowered(owner.lora_B[adapter].weight), scale)
+                    for adapter, scale in _adapters(owner)
+                ]
+                module = LoraLinear(module, low_rank)
+                self.shadow.set_submodule(name, module)
+                owner = owner.get_base_layer()
+            for key, tensor in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
+                setattr(module, key, self._lowered(tensor) if linear else tensor)
+
+    def _lowered(self, tensor: torch.nn.Parameter) -> torch.nn.Parameter:
+        """What stands for a linear layer's tensor: a copy where autocast would cast it for every token, else itself."""
+        if self.autocast is None:
+            return tensor
+        target = torch.nn.Parameter(torch.empty_like(tensor, dtype=self.autocast), requires_grad=False)
+        self.copies.append((target, tensor))
+        return target
+
     def _decode(self, prompt_ids: list[list[int]], new: int, temperature: float) -> Iterator[torch.Tensor]:
         """After every token the completions so far, (rows, tokens); a row that has ended holds anything after that."""
-        self.refresh()
+        self._refresh()
         rows, width = len(prompt_ids), max(map(len, prompt_ids))
-        batch = self._batch(rows, width + new)
+        batch = self._make_batch(rows, width + new)
         batch.greedy = temperature == 0
         batch.temperature.fill_(temperature)
         self._prefill(batch, prompt_ids, width)
@@ -217,15 +264,15 @@ class Sampler:
             batch.seen = width + count
             self._step(batch)
 
-    def _batch(self, rows: int, columns: int) -> Batch:
+    def _make_batch(self, rows: int, columns: int) -> Batch:
         if not self.use_graph:
             return Batch(rows, columns, self.device, self.autocast)
-        if self.batch is None or rows > len(self.batch.done) or columns > len(self.batch.columns):
-            if self.batch is not None:  # only ever grow: every other shape is captured anew
-                rows, columns = max(rows, len(self.batch.done)), max(columns, len(self.batch.columns))
-            self.batch, self.graphs = None, {}  # freed before the next one is allocated
-            self.batch = Batch(rows, -(-columns // 64) * 64, self.device, self.autocast)
-        return self.batch
+        if self._batch is None or rows > len(self._batch.done) or columns > len(self._batch.columns):
+            if self._batch is not None:  # only ever grow: every other shape is captured anew
+                rows, columns = max(rows, len(self._batch.done)), max(columns, len(self._batch.columns))
+            self._batch, self.graphs = None, {}  # freed before the next one is allocated
+            self._batch = Batch(rows, -(-columns // 64) * 64, self.device, self.autocast)
+        return self._batch
 
     def _prefill(self, batch: Batch, prompt_ids: list[list[int]], width: int) -> None:
         """Read each distinct prompt once and pick the first token of every row."""
@@ -233,7 +280,7 @@ class Sampler:
         source = [index[tuple(prompt)] for prompt in prompt_ids]
         spare = len(batch.done) - len(source)  # rows of a captured batch that nobody asked for
         batch.source = torch.tensor(source + source[-1:] * spare, device=self.device)
-        tokens = torch.tensor([[self.pad] * (width - len(prompt)) + list(prompt) for prompt in index])  # (P, width)
+        tokens = torch.tensor([[self._pad] * (width - len(prompt)) + list(prompt) for prompt in index])  # (P, width)
         tokens = tokens.to(self.device)
         pads = torch.tensor([[width - len(prompt)] for prompt in index], device=self.device)  # (P, 1)
         columns = batch.columns[:width]
@@ -279,9 +326,9 @@ class Sampler:
             tokens = torch.searchsorted(cumulated, draw)[:, 0]
             tokens = tokens.clamp(max=logits.shape[-1] - 1)  # NaN finds no place; the monitor will name the trouble
         done = batch.done[batch.live]
-        tokens = tokens.masked_fill(done, self.pad)  # torch.where would copy the number from the host: not in a graph
+        tokens = tokens.masked_fill(done, self._pad)  # torch.where would copy the number from the host: not in a graph
         batch.tokens[batch.live, batch.column] = tokens
-        batch.done[batch.live] = done | (tokens[:, None] == self.eos_ids).any(-1)
+        batch.done[batch.live] = done | (tokens[:, None] == self._ends).any(-1)
 
     def _graph(self, batch: Batch) -> torch.cuda.CUDAGraph | None:
         """The captured step for a batch whose prompts have been read; None, said once, where capturing fails."""
@@ -291,8 +338,8 @@ class Sampler:
             try:
                 self.graphs[batch.greedy] = self._capture(batch)
             except RuntimeError as error:
-                self.use_graph, self.batch = False, None
-                note(f"rollout: no CUDA graph, decoding step by step, slower ({first_line(error)})")
+                self.use_graph, self._batch = False, None
+                print(f"rollout: no CUDA graph, decoding step by step, slower ({first_line(error)})")
             for tensor, value in zip(state, before, strict=True):
                 tensor.copy_(value)
         return self.graphs.get(batch.greedy)
@@ -361,7 +408,7 @@ def make_sampler(
     """A Sampler where it covers the model (and the training run of `args`), else a PlainSampler and a line why."""
     reason = why_not(model, args)
     if reason:
-        note(f"rollout: generating by model.generate, slower: {reason}")
+        print(f"rollout: generating by model.generate, slower: {reason}")
     return (PlainSampler if reason else Sampler)(model, tokenizer, autocast)
 
 
@@ -391,7 +438,13 @@ class Rollout:
     def __call__(self, prompts: list, trainer: GRPOTrainer) -> dict[str, list | None]:
         """One completion for each of `prompts`, which come repeated, `num_generations` times each."""
         start = time.perf_counter()
-        prompt_ids = encode(trainer.processing_class, prompts)
+        prompt_ids = trainer.processing_class.apply_chat_template(
+            prompts,
+            chat_template=trainer.chat_template,
+            add_generation_prompt=True,
+            return_dict=True,
+            **trainer.chat_template_kwargs,
+        )["input_ids"]
         sampler = self.sampler(trainer)
         if isinstance(sampler, Sampler):
             completion_ids = sampler.generate(prompt_ids, trainer.max_completion_length, trainer.temperature)

@@ -258,36 +258,93 @@ def test_weights_of_the_moment():
     assert sampler.generate(MIXED, 20) == reference(model, MIXED, 20)
 
 
-@both_paths
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-def test_lora_is_merged(autocast, path):
-    """The loop equals the merged model, the adapter and the base stay as they are, and no copy goes stale."""
+def make_lora_model(model=None, **settings):
+    settings = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": False} | settings
     torch.manual_seed(0)
-    targets = ["q_proj", "v_proj", "down_proj"]
-    model = get_peft_model(make_model(), LoraConfig(r=4, target_modules=targets, init_lora_weights=False)).eval()
-    sampler = make_loop(model, path, autocast)
+    return get_peft_model(model or make_model(), LoraConfig(**settings)).eval()
+
+
+def merged(model):
+    """The same model without PEFT, its active adapters merged into float32 weights."""
+    return copy.deepcopy(model).merge_and_unload()
+
+
+@both_paths
+def test_lora_is_applied(path):
+    """In float32 the loop equals the merged model; nothing is copied or changed, and no changed adapter goes stale."""
+    model = make_lora_model()
+    sampler = make_loop(model, path)
     for _ in range(2):
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        completions = sampler.generate(MIXED, 30)
+        assert sampler.generate(MIXED, 30) == reference(merged(model), MIXED, 30)
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-        plain = make_model()
-        plain.load_state_dict(
-            {
-                name.removeprefix("base_model.model.").replace(".base_layer", ""): tensor
-                for name, tensor in before.items()
-                if "lora_" not in name
-            }
-        )
-        assert completions != make_loop(plain, path, autocast).generate(MIXED, 30), "LoRA made no difference"
-        for name, module in plain.named_modules():
-            if name.endswith(tuple(targets)):
-                module.weight.data += model.base_model.model.get_submodule(name).get_delta_weight("default")
-        assert completions == make_loop(plain, path, autocast).generate(MIXED, 30)
-        if autocast is None:
-            assert completions == reference(plain, MIXED, 30)
+        assert not sampler.copies
         for name, tensor in model.named_parameters():
             if "lora_" in name:
                 tensor.data.mul_(-1.5 if "lora_A" in name else 1)
+    with model.disable_adapter():
+        plain = reference(model, MIXED, 30)
+    assert plain != reference(merged(model), MIXED, 30), "LoRA made no difference"
+
+
+@both_paths
+def test_lora_as_peft_has_it_at_the_moment(path):
+    """Two adapters of unlike scale and layers, both, one or none active, merged or not: as PEFT's own forward."""
+    model = make_lora_model()
+    other = LoraConfig(r=2, lora_alpha=9, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    model.add_adapter("other", other)
+    sampler, lora = make_loop(model, path), model.base_model
+    seen = []
+
+    def check():
+        seen.append(sampler.generate(MIXED, 30))
+        assert seen[-1] == reference(model, MIXED, 30)
+
+    check()
+    lora.set_adapter(["default", "other"])
+    check()
+    lora.set_adapter("other")
+    check()
+    model.get_base_model().model.layers[0].self_attn.q_proj.scaling["other"] *= 3
+    check()
+    lora.merge_adapter()
+    check()
+    with model.disable_adapter():
+        check()  # which unmerges, as the forward does
+    check()
+    assert seen[3] == seen[4] == seen[6] and len({str(made) for made in seen}) == 5
+
+
+@pytest.mark.parametrize("size", [1e-5, 1e-4, 1e-3])
+def test_small_adapters_act_as_in_training(size):
+    """Under autocast an adapter changes log-probabilities as in the trainer's forward, however small its B is.
+
+    Base weights that are exact in bf16, as from the hub: merged into them most of such an adapter would round away.
+    """
+    base = make_model(hidden_size=128, intermediate_size=256, head_dim=32, initializer_range=0.05)
+    for parameter in base.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    model = make_lora_model(base, r=16, lora_alpha=32, target_modules="all-linear")
+    prompts = torch.randint(2, VOCABULARY, (32, 24), generator=torch.Generator().manual_seed(3))
+    sampler = make_loop(model, autocast=torch.bfloat16, kind=Recorder)
+
+    def log_probabilities(spread: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the token after each prompt: the sampler's, and those of the trainer's forward."""
+        draw = torch.Generator().manual_seed(1)
+        for name, tensor in model.named_parameters():
+            if "lora_B" in name:
+                tensor.data = spread * torch.randn(tensor.shape, generator=draw)
+        sampler.logits.clear()
+        sampler.generate(prompts.tolist(), 1)
+        ours = torch.stack([sampler.logits[0][row] for row in range(len(prompts))])
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            theirs = model(prompts).logits[:, -1]
+        return ours.float().log_softmax(-1), theirs.float().log_softmax(-1)
+
+    (ours, theirs), (our_base, their_base) = log_probabilities(size), log_probabilities(0.0)
+    effect, expected = ours - our_base, theirs - their_base
+    assert expected.norm() > 0
+    assert (effect - expected).norm() < 0.3 * expected.norm()
 
 
 def test_exact_copy_rounds_as_the_trainer():
@@ -360,6 +417,7 @@ def test_failing_capture_falls_back(monkeypatch, capsys):
         ({"min_p": 0.1}, "min_p=0.1"),
         ({"repetition_penalty": 1.1}, "repetition_penalty=1.1"),
         ({"generation_kwargs": {"no_repeat_ngram_size": 3}}, "generation_kwargs"),
+        ({"fsdp": "full_shard"}, "sharded"),
     ],
 )
 def test_why_not_settings(tmp_path, setting, reason):
@@ -376,11 +434,18 @@ def test_why_not_models(capsys):
     sliding = make_model(use_sliding_window=True, sliding_window=8, max_window_layers=0)
     dynamic = make_model(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
     dora = get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"], use_dora=True))
+    embedding = get_peft_model(make_model(), LoraConfig(target_modules=["embed_tokens"]))
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=1))
-    for model, reason in ((sliding, "window"), (dynamic, "positions"), (dora, "LoRA"), (gpt2, "gpt2")):
+    for model, reason in (
+        (sliding, "window"),
+        (dynamic, "positions"),
+        (dora, "LoRA"),
+        (embedding, "LoRA"),
+        (gpt2, "gpt2"),
+    ):
         assert reason in why_not(model)
         assert isinstance(make_sampler(model, make_tokenizer()), PlainSampler)
-    assert len(capsys.readouterr().out.splitlines()) == 4
+    assert len(capsys.readouterr().out.splitlines()) == 5
     assert isinstance(make_sampler(make_model(), make_tokenizer()), Sampler)
     assert make_sampler(sliding, make_tokenizer()).generate(MIXED, 20) == reference(sliding.eval(), MIXED, 20)
 
