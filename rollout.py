@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # chat and evaluation need not wait for it
     from trl import GRPOConfig, GRPOTrainer
 
 CHECK_EVERY = 4  # tokens between two looks at which rows have finished; a look makes a GPU wait some microseconds
+WARM_UP = 2  # steps before a capture: what is made on first use must be there
 
 TRIED = ("llama", "qwen2", "qwen3")  # the architectures that tests/test_rollout.py compares with model.generate
 
@@ -93,6 +94,18 @@ def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
 
 def _cut(row: list[int], eos: list[int]) -> list[int]:
     return row[: next((i + 1 for i, token in enumerate(row) if token in eos), len(row))]
+
+
+def _free_share(device: torch.device) -> float:
+    """The share of a card that can still be had: what nobody holds, and what PyTorch holds without using it."""
+    free, total = torch.cuda.mem_get_info(device)
+    return (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) / total
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream for all captures: each stream keeps a workspace for matrix products of its own."""
+    return torch.cuda.Stream(device)
 
 
 class LoraLinear(torch.nn.Linear):
@@ -177,12 +190,9 @@ class Sampler:
         autocast: torch.dtype | None = None,
         use_graph: bool = True,
     ):
-        self.model, self.autocast = model, autocast
-        self.device = next(model.parameters()).device
-        self.use_graph = use_graph and self.device.type == "cuda"
+        self.model, self.autocast, self.use_graph = model, autocast, use_graph
         self.eos = _eos_ids(model, tokenizer)
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos[0]
-        self._ends = torch.tensor(self.eos, device=self.device)
         self._layout: tuple[list, list] | None = None  # of the model, when the shadow was built
 
     def generate(self, prompt_ids: list[list[int]], max_new_tokens: int, temperature: float = 0.0) -> list[list[int]]:
@@ -190,6 +200,8 @@ class Sampler:
         if not prompt_ids:
             return []
         *_, completions = self._decode(prompt_ids, max_new_tokens, temperature)
+        if self._batch is not None and _free_share(self.device) < 0.25:
+            self._batch, self.graphs = None, {}  # training needs the room, and a new capture but a fraction of a second
         return [_cut(row, self.eos) for row in completions.tolist()]
 
     def stream(self, prompt_ids: list[int], max_new_tokens: int, temperature: float = 0.0) -> Iterator[int]:
@@ -216,6 +228,8 @@ class Sampler:
 
     def _build_shadow(self) -> None:
         """A module of its own, so that nothing patched into the trainer's model acts here, and nothing here there."""
+        self.device = next(self.model.parameters()).device  # here, for DeepSpeed moves the model when training starts
+        self._ends = torch.tensor(self.eos, device=self.device)
         self._batch: Batch | None = None  # what the graphs below read and write
         self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}  # greedy or not -> one captured step
         self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # in autocast's precision, and what they copy
@@ -251,7 +265,7 @@ class Sampler:
         batch.greedy = temperature == 0
         batch.temperature.fill_(temperature)
         self._prefill(batch, prompt_ids, width)
-        graph = self._graph(batch) if self.use_graph else None
+        graph = self._graph(batch) if self._replays() else None
         for count in range(1, new + 1):
             yield batch.tokens[:rows, width : width + count]
             if count == new or (count % CHECK_EVERY == 0 and batch.done.all()):
@@ -264,13 +278,18 @@ class Sampler:
             batch.seen = width + count
             self._step(batch)
 
+    def _replays(self) -> bool:
+        return self.use_graph and self.device.type == "cuda"
+
     def _make_batch(self, rows: int, columns: int) -> Batch:
-        if not self.use_graph:
+        if not self._replays():
             return Batch(rows, columns, self.device, self.autocast)
-        if self._batch is None or rows > len(self._batch.done) or columns > len(self._batch.columns):
-            if self._batch is not None:  # only ever grow: every other shape is captured anew
-                rows, columns = max(rows, len(self._batch.done)), max(columns, len(self._batch.columns))
-            self._batch, self.graphs = None, {}  # freed before the next one is allocated
+        columns += WARM_UP  # a capture's warm-up writes behind the first token, however few tokens are wanted
+        old = self._batch
+        # a graph runs all its rows and columns, so one of up to twice the rows will do, a larger one wastes too much
+        if old is None or not len(old.done) / 2 < rows <= len(old.done) or columns > len(old.columns):
+            columns = max(columns, len(old.columns)) if old is not None else columns
+            self._batch, self.graphs, old = None, {}, None  # freed before the next one is allocated
             self._batch = Batch(rows, -(-columns // 64) * 64, self.device, self.autocast)
         return self._batch
 
@@ -337,24 +356,31 @@ class Sampler:
             before = [tensor.clone() for tensor in state]
             try:
                 self.graphs[batch.greedy] = self._capture(batch)
+            except torch.OutOfMemoryError:
+                raise  # step by step it would need no less
             except RuntimeError as error:
-                self.use_graph, self._batch = False, None
+                self.use_graph, self._batch, self.graphs = False, None, {}
                 print(f"rollout: no CUDA graph, decoding step by step, slower ({first_line(error)})")
             for tensor, value in zip(state, before, strict=True):
                 tensor.copy_(value)
         return self.graphs.get(batch.greedy)
 
     def _capture(self, batch: Batch) -> torch.cuda.CUDAGraph:
+        before, side = torch.cuda.current_stream(self.device), _side_stream(self.device)
+        pool = next((graph.pool() for graph in self.graphs.values()), None)  # one for all: they never run side by side
+        graph = torch.cuda.CUDAGraph()
         with torch.random.fork_rng([self.device]):  # a resumed run captures at another time and must draw the same
-            side = torch.cuda.Stream()  # capturing demands a warm-up on another stream
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(2):
+            try:
+                side.wait_stream(before)
+                with torch.cuda.stream(side):  # capturing demands a warm-up on another stream
+                    for _ in range(WARM_UP):
+                        self._step(batch)
+                before.wait_stream(side)
+                # thread_local: NCCL's own thread may go on
+                with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                     self._step(batch)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's own thread may go on
-                self._step(batch)
+            finally:
+                torch.cuda.set_stream(before)  # PyTorch itself stays on the side stream where a capture fails
         return graph
 
 
@@ -430,6 +456,7 @@ class Rollout:
         """The sampler of this trainer's policy, made on first use; evaluation shares it, and with it its memory."""
         if self._sampler is None:
             args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+            model.to(trainer.accelerator.device)  # DeepSpeed does so no sooner than training starts
             autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
             make = functools.partial(make_sampler, args=args) if self.fast else PlainSampler
             self._sampler = make(model, trainer.processing_class, autocast)

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -31,6 +32,7 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
+import rollout
 from rollout import CHECK_EVERY, PlainSampler, Rollout, Sampler, make_sampler, why_not
 
 VOCABULARY, PAD, EOS = 32, 0, 1
@@ -84,8 +86,14 @@ def replayed(sampler: Sampler) -> Sampler:
         frozen.keys, frozen.values = list(batch.keys), list(batch.values)
         return SimpleNamespace(replay=lambda: sampler._step(frozen))
 
-    sampler.use_graph, sampler._capture = True, capture
+    sampler._replays, sampler._capture = lambda: sampler.use_graph, capture
     return sampler
+
+
+@pytest.fixture(autouse=True)
+def roomy_card(monkeypatch):
+    """There is no card to ask how much of it is free."""
+    monkeypatch.setattr(rollout, "_free_share", lambda device: 1.0)
 
 
 class Recorder(Sampler):
@@ -391,21 +399,117 @@ def test_training_model_is_left_alone(path):
     assert Sampler(model.train(), make_tokenizer()).generate(MIXED, 30) == reference(model.eval(), MIXED, 30)
 
 
+class FakeCuda:
+    """As much of torch.cuda as a capture touches; `graph` fails at its end, as CUDA's does after a forbidden call."""
+
+    def __init__(self, monkeypatch, error: Exception):
+        self.now, self.error = "default", error
+        names = ("stream", "graph", "current_stream", "set_stream")
+        for name in names:
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
+        side = SimpleNamespace(wait_stream=lambda other: None)
+        monkeypatch.setattr(rollout, "_side_stream", lambda device: side)
+        fork = torch.random.fork_rng
+        monkeypatch.setattr(torch.random, "fork_rng", lambda devices: fork([]))
+
+    def current_stream(self, device):
+        return SimpleNamespace(name=self.now, wait_stream=lambda other: None)
+
+    def set_stream(self, stream):
+        self.now = stream.name
+
+    @contextmanager
+    def stream(self, stream):
+        before, self.now = self.now, "side"
+        yield
+        self.now = before
+
+    @contextmanager
+    def graph(self, graph, **_):
+        self.now = "side"
+        yield
+        raise self.error
+
+
 def test_failing_capture_falls_back(monkeypatch, capsys):
-    """Without a graph the same completions come, and one line says what happened."""
+    """Without a graph the same completions come; stream and random state are as before, and one line says it."""
     model = make_model().eval()
     sampler = Sampler(model, make_tokenizer())
-    sampler.use_graph = True
-
-    def capture(batch):
-        sampler._step(batch)
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
-
-    monkeypatch.setattr(sampler, "_capture", capture)
-    assert sampler.generate(MIXED, 20) == reference(model, MIXED, 20)
+    torch.manual_seed(0)
+    drawn = [sampler.generate(MIXED, 20, temperature=1.0) for _ in range(2)]
+    cuda = FakeCuda(monkeypatch, RuntimeError("operation not permitted when stream is capturing\nand more"))
+    sampler._replays = lambda: sampler.use_graph
+    torch.manual_seed(0)
+    assert [sampler.generate(MIXED, 20, temperature=1.0) for _ in range(2)] == drawn
+    assert cuda.now == "default" and not sampler.use_graph
     assert sampler.generate(MIXED[::-1], 20) == reference(model, MIXED[::-1], 20)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 and "no CUDA graph" in lines[0] and "not permitted" in lines[0]
+
+
+def test_capture_out_of_memory(monkeypatch):
+    """Too little memory is no reason to go on step by step: it is told, and the stream is as before."""
+    sampler = Sampler(make_model(), make_tokenizer())
+    cuda = FakeCuda(monkeypatch, torch.OutOfMemoryError("CUDA out of memory"))
+    sampler._replays = lambda: sampler.use_graph
+    with pytest.raises(torch.OutOfMemoryError):
+        sampler.generate(MIXED, 20)
+    assert cuda.now == "default" and sampler.use_graph
+
+
+@pytest.mark.parametrize("new", [1, 2])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_few_new_tokens_leave_room_for_the_warm_up(new, temperature):
+    """A capture's warm-up makes two tokens; where one is wanted and the columns are used up, they must have a place."""
+    sampler = make_loop(make_model().eval(), "replayed")
+    for width in (62, 63, 64):
+        prompts = [list(range(2, 2 + 30)) * 2 + [5] * (width - 60), [3, 4]]
+        assert {len(row) for row in sampler.generate(prompts, new, temperature)} <= {1, new}
+        assert {len(row) for row in sampler.generate(prompts, new, 1.0 - temperature)} <= {1, new}
+
+
+def test_captured_batches(monkeypatch):
+    """A batch is kept for up to half its rows fewer, made anew for fewer still, and dropped where the card is full."""
+    model = make_model().eval()
+    sampler = make_loop(model, "replayed")
+    share, sizes = 1.0, []
+    monkeypatch.setattr(rollout, "_free_share", lambda device: share)
+    for prompts in (MIXED * 4, MIXED * 3, MIXED * 2, MIXED[:1], MIXED):
+        assert sampler.generate(prompts, 20) == reference(model, prompts, 20)
+        sizes.append(len(sampler._batch.done))
+    assert sizes == [24, 24, 12, 1, 6]
+    share = 0.2
+    for _ in range(2):
+        assert sampler.generate(MIXED, 20) == reference(model, MIXED, 20)
+        assert sampler._batch is None and not sampler.graphs
+
+
+def test_model_moved_after_the_sampler_was_made():
+    """DeepSpeed moves the model when training starts: device and end tokens follow it."""
+    model = make_model().eval()
+    policy = copy.deepcopy(model).to("meta")
+    sampler = Sampler(policy, make_tokenizer())
+    for name, module in policy.named_modules():
+        module._parameters.update(model.get_submodule(name)._parameters)
+        module._buffers.update(model.get_submodule(name)._buffers)
+    assert sampler.generate(MIXED, 20) == reference(model, MIXED, 20)
+    assert sampler.device.type == "cpu"
+
+
+def fake_trainer(**changes) -> SimpleNamespace:
+    accelerator = SimpleNamespace(device=torch.device("meta"), unwrap_model=lambda model, **_: model)
+    args = SimpleNamespace(bf16=True, fp16=False)
+    parts = {"model": make_model(), "processing_class": make_tokenizer()}
+    return SimpleNamespace(**parts | {"accelerator": accelerator, "args": args} | changes)
+
+
+def test_rollout_moves_the_model_to_its_device():
+    """The sampler is asked for before `train()`, and DeepSpeed leaves the model on the CPU until then."""
+    trainer = fake_trainer()
+    sampler = Rollout(fast=False).sampler(trainer)
+    assert sampler.autocast == torch.bfloat16 and sampler.model is trainer.model
+    assert {parameter.device.type for parameter in trainer.model.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize(
