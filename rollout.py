@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -25,9 +24,9 @@ from typing import TYPE_CHECKING
 import torch
 from peft.tuners.lora import LoraLayer
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from console import first_line
+from console import first_line, note
+from models import encode
 
 if TYPE_CHECKING:  # chat and evaluation need not wait for it
     from trl import GRPOConfig, GRPOTrainer
@@ -48,8 +47,6 @@ def why_not(model: PreTrainedModel, args: GRPOConfig | None = None) -> str | Non
         for name in ("generation_kwargs", "cache_implementation", "use_transformers_continuous_batching"):
             if getattr(args, name):
                 return f"{name} is set"
-        if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true" or is_deepspeed_zero3_enabled():
-            return "the weights are sharded (FSDP or ZeRO-3)"
     for adapter in getattr(model, "peft_config", {}).values():
         special = ("lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
         if adapter.peft_type != "LORA" or any(getattr(adapter, name, None) for name in special):
@@ -360,7 +357,7 @@ class Sampler:
                 raise  # step by step it would need no less
             except RuntimeError as error:
                 self.use_graph, self._batch, self.graphs = False, None, {}
-                print(f"rollout: no CUDA graph, decoding step by step, slower ({first_line(error)})")
+                note(f"no CUDA graph, completions are made step by step, slower: {first_line(error)}")
             for tensor, value in zip(state, before, strict=True):
                 tensor.copy_(value)
         return self.graphs.get(batch.greedy)
@@ -431,10 +428,10 @@ def make_sampler(
     autocast: torch.dtype | None = None,
     args: GRPOConfig | None = None,
 ) -> Sampler | PlainSampler:
-    """A Sampler where it covers the model (and the training run of `args`), else a PlainSampler and a line why."""
+    """A Sampler where it covers the model (and the training run of `args`), else a PlainSampler and a note why."""
     reason = why_not(model, args)
     if reason:
-        print(f"rollout: generating by model.generate, slower: {reason}")
+        note(f"completions are made by model.generate, slower: {reason}")
     return (PlainSampler if reason else Sampler)(model, tokenizer, autocast)
 
 
@@ -465,17 +462,11 @@ class Rollout:
     def __call__(self, prompts: list, trainer: GRPOTrainer) -> dict[str, list | None]:
         """One completion for each of `prompts`, which come repeated, `num_generations` times each."""
         start = time.perf_counter()
-        prompt_ids = trainer.processing_class.apply_chat_template(
-            prompts,
-            chat_template=trainer.chat_template,
-            add_generation_prompt=True,
-            return_dict=True,
-            **trainer.chat_template_kwargs,
-        )["input_ids"]
+        prompt_ids = encode(trainer.processing_class, prompts)
         sampler = self.sampler(trainer)
         if isinstance(sampler, Sampler):
             completion_ids = sampler.generate(prompt_ids, trainer.max_completion_length, trainer.temperature)
-        else:  # TRL's own path, which knows every setting and gathers sharded weights
+        else:  # TRL's own path, which knows every setting
             completion_ids, _ = trainer._generate_single_turn(prompt_ids, None, {}, trainer.num_generations)
         self.tokens += sum(map(len, completion_ids))
         self.seconds += time.perf_counter() - start  # the completions are on the host: the GPU is done

@@ -521,7 +521,6 @@ def test_rollout_moves_the_model_to_its_device():
         ({"min_p": 0.1}, "min_p=0.1"),
         ({"repetition_penalty": 1.1}, "repetition_penalty=1.1"),
         ({"generation_kwargs": {"no_repeat_ngram_size": 3}}, "generation_kwargs"),
-        ({"fsdp": "full_shard"}, "sharded"),
     ],
 )
 def test_why_not_settings(tmp_path, setting, reason):
