@@ -422,6 +422,38 @@ class PlainSampler:
         )
 
 
+class VllmSampler:
+    """The same over the vLLM engine that TRL runs in the trainer's process (`vllm_mode="colocate"`).
+
+    Any process may call it alone: neither the engine nor handing it the weights waits for the other processes.
+    """
+
+    def __init__(self, trainer: GRPOTrainer):
+        self.trainer = trainer
+        self.eos = _eos_ids(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class)
+
+    def generate(self, prompt_ids: list[list[int]], max_new_tokens: int, temperature: float = 0.0) -> list[list[int]]:
+        """One completion per prompt, in order, its end token included; temperature 0 takes the likeliest token."""
+        if not prompt_ids:
+            return []
+        trainer, engine = self.trainer, self.trainer.vllm_generation
+        if trainer.state.global_step != trainer._last_loaded_step:  # as TRL before its own generation
+            engine.sync_weights()
+            trainer._last_loaded_step = trainer.state.global_step
+        settings = {"temperature": temperature, "max_completion_length": max_new_tokens, "repetition_penalty": 1.0}
+        settings |= {"top_p": 1.0, "top_k": 0, "min_p": None, "generation_kwargs": {}}
+        of_training = {name: getattr(engine, name) for name in settings}
+        vars(engine).update(settings)
+        try:
+            _, completion_ids, *_ = engine.generate(prompt_ids, images=None, num_generations=1)
+        finally:
+            vars(engine).update(of_training)
+        return [list(row) for row in completion_ids]
+
+
+AnySampler = Sampler | PlainSampler | VllmSampler
+
+
 def make_sampler(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -447,17 +479,20 @@ class Rollout:
     def __init__(self, fast: bool = True) -> None:
         self.fast = fast
         self.tokens, self.seconds = 0, 0.0
-        self._sampler: Sampler | PlainSampler | None = None
+        self._sampler: AnySampler | None = None
 
-    def sampler(self, trainer: GRPOTrainer) -> Sampler | PlainSampler:
+    def sampler(self, trainer: GRPOTrainer) -> AnySampler:
         """The sampler of this trainer's policy, made on first use; evaluation shares it, and with it its memory."""
         if self._sampler is None:
-            args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-            model.to(trainer.accelerator.device)  # DeepSpeed does so no sooner than training starts
-            autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-            make = functools.partial(make_sampler, args=args) if self.fast else PlainSampler
-            self._sampler = make(model, trainer.processing_class, autocast)
+            self._sampler = VllmSampler(trainer) if trainer.use_vllm else self._own_sampler(trainer)
         return self._sampler
+
+    def _own_sampler(self, trainer: GRPOTrainer) -> Sampler | PlainSampler:
+        args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        model.to(trainer.accelerator.device)  # DeepSpeed does so no sooner than training starts
+        autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        make = functools.partial(make_sampler, args=args) if self.fast else PlainSampler
+        return make(model, trainer.processing_class, autocast)
 
     def __call__(self, prompts: list, trainer: GRPOTrainer) -> dict[str, list | None]:
         """One completion for each of `prompts`, which come repeated, `num_generations` times each."""

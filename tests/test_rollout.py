@@ -33,7 +33,7 @@ from transformers import (
 from trl import GRPOConfig, GRPOTrainer
 
 import rollout
-from rollout import CHECK_EVERY, PlainSampler, Rollout, Sampler, make_sampler, why_not
+from rollout import CHECK_EVERY, PlainSampler, Rollout, Sampler, VllmSampler, make_sampler, why_not
 
 VOCABULARY, PAD, EOS = 32, 0, 1
 MIXED = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16, 17], [5, 6, 7], [20, 21, 22, 23, 24], [30, 2]]
@@ -500,7 +500,7 @@ def test_model_moved_after_the_sampler_was_made():
 def fake_trainer(**changes) -> SimpleNamespace:
     accelerator = SimpleNamespace(device=torch.device("meta"), unwrap_model=lambda model, **_: model)
     args = SimpleNamespace(bf16=True, fp16=False)
-    parts = {"model": make_model(), "processing_class": make_tokenizer()}
+    parts = {"use_vllm": False, "model": make_model(), "processing_class": make_tokenizer()}
     return SimpleNamespace(**parts | {"accelerator": accelerator, "args": args} | changes)
 
 
@@ -510,6 +510,45 @@ def test_rollout_moves_the_model_to_its_device():
     sampler = Rollout(fast=False).sampler(trainer)
     assert sampler.autocast == torch.bfloat16 and sampler.model is trainer.model
     assert {parameter.device.type for parameter in trainer.model.parameters()} == {"meta"}
+
+
+class FakeVllm(SimpleNamespace):
+    """TRL's vllm_generation: what it is asked, and with which attributes at that moment."""
+
+    def __init__(self):
+        training = {"temperature": 0.9, "top_p": 0.8, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.1}
+        training |= {"max_completion_length": 99, "generation_kwargs": {"seed": 1}}
+        super().__init__(**training)
+        self.calls, self.error, self.training = [], None, training
+
+    def sync_weights(self):
+        self.calls.append("sync")
+
+    def generate(self, prompts, images, num_generations, profiler=None):
+        self.calls.append({name: getattr(self, name) for name in self.training} | {"n": num_generations})
+        if self.error:
+            raise self.error
+        return prompts, [(5, 6, EOS)] * len(prompts), None, None
+
+
+def test_vllm_evaluates_with_its_own_engine():
+    """With TRL's vLLM no second sampler is made: greedy answers of the weights of the moment, settings put back."""
+    engine = FakeVllm()
+    state = SimpleNamespace(global_step=3)
+    trainer = fake_trainer(use_vllm=True, vllm_generation=engine, state=state, _last_loaded_step=-1)
+    sampler = Rollout().sampler(trainer)
+    assert isinstance(sampler, VllmSampler) and sampler.eos == [EOS] and sampler.generate([], 8) == []
+    neutral = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0, "generation_kwargs": {}, "n": 1}
+    for step, temperature in ((3, 0.0), (3, 0.7), (4, 0.0)):
+        state.global_step = step
+        made = sampler.generate(MIXED, 8, temperature)
+        assert made == [[5, 6, EOS]] * len(MIXED)
+        assert engine.calls[-1] == neutral | {"temperature": temperature, "max_completion_length": 8}
+    assert [call == "sync" for call in engine.calls] == [True, False, False, True, False]
+    engine.error = RuntimeError("engine dead")
+    with pytest.raises(RuntimeError, match="engine dead"):
+        sampler.generate(MIXED, 8)
+    assert {name: getattr(engine, name) for name in engine.training} == engine.training
 
 
 @pytest.mark.parametrize(
