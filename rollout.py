@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -192,11 +192,20 @@ class Sampler:
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos[0]
         self._layout: tuple[list, list] | None = None  # of the model, when the shadow was built
 
-    def generate(self, prompt_ids: list[list[int]], max_new_tokens: int, temperature: float = 0.0) -> list[list[int]]:
-        """One completion per prompt, in order, its end token included; temperature 0 takes the likeliest token."""
+    def generate(
+        self,
+        prompt_ids: list[list[int]],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        on_finished: Callable[[int], None] | None = None,
+    ) -> list[list[int]]:
+        """One completion per prompt, in order, its end token included; temperature 0 takes the likeliest token.
+
+        `on_finished` hears now and then how many more completions are finished; in the end that sums to all.
+        """
         if not prompt_ids:
             return []
-        *_, completions = self._decode(prompt_ids, max_new_tokens, temperature)
+        *_, completions = self._decode(prompt_ids, max_new_tokens, temperature, on_finished)
         if self._batch is not None and _free_share(self.device) < 0.25:
             self._batch, self.graphs = None, {}  # training needs the room, and a new capture but a fraction of a second
         return [_cut(row, self.eos) for row in completions.tolist()]
@@ -254,7 +263,13 @@ class Sampler:
         self.copies.append((target, tensor))
         return target
 
-    def _decode(self, prompt_ids: list[list[int]], new: int, temperature: float) -> Iterator[torch.Tensor]:
+    def _decode(
+        self,
+        prompt_ids: list[list[int]],
+        new: int,
+        temperature: float,
+        on_finished: Callable[[int], None] | None = None,
+    ) -> Iterator[torch.Tensor]:
         """After every token the completions so far, (rows, tokens); a row that has ended holds anything after that."""
         self._refresh()
         rows, width = len(prompt_ids), max(map(len, prompt_ids))
@@ -263,17 +278,29 @@ class Sampler:
         batch.temperature.fill_(temperature)
         self._prefill(batch, prompt_ids, width)
         graph = self._graph(batch) if self._replays() else None
+        finished = 0
         for count in range(1, new + 1):
             yield batch.tokens[:rows, width : width + count]
-            if count == new or (count % CHECK_EVERY == 0 and batch.done.all()):
-                return
+            if count == new:
+                break
+            look = count % CHECK_EVERY == 0
+            if look:
+                ended = int(batch.done[:rows].sum())
+                if on_finished is not None:
+                    on_finished(ended - finished)
+                finished = ended
+                if finished == rows:
+                    return
             if graph is not None:
                 graph.replay()
                 continue
-            if count % CHECK_EVERY == 0 and batch.done[batch.live].float().mean() > 0.1:
+            live = len(batch.live)
+            if look and finished - (rows - live) > 0.1 * live:
                 batch.drop_finished()
             batch.seen = width + count
             self._step(batch)
+        if on_finished is not None:
+            on_finished(rows - finished)  # those that ended since the last look or are cut off
 
     def _replays(self) -> bool:
         return self.use_graph and self.device.type == "cuda"
@@ -389,8 +416,14 @@ class PlainSampler:
         self.eos = _eos_ids(model, tokenizer)
 
     @torch.no_grad()
-    def generate(self, prompt_ids: list[list[int]], max_new_tokens: int, temperature: float = 0.0) -> list[list[int]]:
-        """One completion per prompt, in order, its end token included; temperature 0 takes the likeliest token."""
+    def generate(
+        self,
+        prompt_ids: list[list[int]],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        on_finished: Callable[[int], None] | None = None,
+    ) -> list[list[int]]:
+        """As Sampler.generate; `on_finished` hears of all completions at once."""
         if not prompt_ids:
             return []
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.eos[0]
@@ -413,6 +446,8 @@ class PlainSampler:
         with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
             rows = self.model.generate(input_ids=tokens, attention_mask=mask, generation_config=config)
         self.model.train(training)
+        if on_finished is not None:
+            on_finished(len(prompt_ids))
         return [_cut(row, self.eos) for row in rows[:, width:].tolist()]
 
     def stream(self, prompt_ids: list[int], max_new_tokens: int, temperature: float = 0.0) -> Iterator[int]:
@@ -432,8 +467,14 @@ class VllmSampler:
         self.trainer = trainer
         self.eos = _eos_ids(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class)
 
-    def generate(self, prompt_ids: list[list[int]], max_new_tokens: int, temperature: float = 0.0) -> list[list[int]]:
-        """One completion per prompt, in order, its end token included; temperature 0 takes the likeliest token."""
+    def generate(
+        self,
+        prompt_ids: list[list[int]],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        on_finished: Callable[[int], None] | None = None,
+    ) -> list[list[int]]:
+        """As Sampler.generate; `on_finished` hears of all completions at once."""
         if not prompt_ids:
             return []
         trainer, engine = self.trainer, self.trainer.vllm_generation
@@ -448,6 +489,8 @@ class VllmSampler:
             _, completion_ids, *_ = engine.generate(prompt_ids, images=None, num_generations=1)
         finally:
             vars(engine).update(of_training)
+        if on_finished is not None:
+            on_finished(len(prompt_ids))
         return [list(row) for row in completion_ids]
 
 

@@ -485,6 +485,24 @@ def test_captured_batches(monkeypatch):
         assert sampler._batch is None and not sampler.graphs
 
 
+@both_paths
+@pytest.mark.parametrize("new", [1, 3, 4, 60])
+def test_finished_rows_are_counted(path, new):
+    """What a progress bar hears sums to the rows asked for, row by row as they end, whether any is cut off or not."""
+    model, prompts = make_model().eval(), [[2 + i % 30, 2 + (7 * i) % 30] for i in range(25)]
+    sampler, heard = make_loop(model, path), []
+    lengths = [len(row) for row in sampler.generate(prompts, new, on_finished=heard.append)]
+    assert sum(heard) == 25 and min(heard) >= 0
+    for look, count in enumerate(heard[:-1], start=1):
+        ended = sum(length <= look * CHECK_EVERY for length in lengths)
+        assert sum(heard[:look]) == ended, f"{count} at look {look}"
+    assert new < 60 or len(heard) > 5
+    heard.clear()
+    sampler.generate(prompts[:3], new, on_finished=heard.append)  # rows of a captured batch that nobody asked for
+    PlainSampler(model, make_tokenizer()).generate(prompts, new, on_finished=heard.append)
+    assert sum(heard) == 28 and heard[-1] == 25
+
+
 def test_model_moved_after_the_sampler_was_made():
     """DeepSpeed moves the model when training starts: device and end tokens follow it."""
     model = make_model().eval()
@@ -536,15 +554,16 @@ def test_vllm_evaluates_with_its_own_engine():
     engine = FakeVllm()
     state = SimpleNamespace(global_step=3)
     trainer = fake_trainer(use_vllm=True, vllm_generation=engine, state=state, _last_loaded_step=-1)
-    sampler = Rollout().sampler(trainer)
+    sampler, heard = Rollout().sampler(trainer), []
     assert isinstance(sampler, VllmSampler) and sampler.eos == [EOS] and sampler.generate([], 8) == []
     neutral = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0, "generation_kwargs": {}, "n": 1}
     for step, temperature in ((3, 0.0), (3, 0.7), (4, 0.0)):
         state.global_step = step
-        made = sampler.generate(MIXED, 8, temperature)
+        made = sampler.generate(MIXED, 8, temperature, on_finished=heard.append)
         assert made == [[5, 6, EOS]] * len(MIXED)
         assert engine.calls[-1] == neutral | {"temperature": temperature, "max_completion_length": 8}
     assert [call == "sync" for call in engine.calls] == [True, False, False, True, False]
+    assert heard == [len(MIXED)] * 3
     engine.error = RuntimeError("engine dead")
     with pytest.raises(RuntimeError, match="engine dead"):
         sampler.generate(MIXED, 8)
