@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from rollout import PlainSampler, Sampler
+    from rollout import AnySampler
 
 
 def interval(share: float, n: int) -> list[float]:
@@ -37,7 +37,7 @@ def grade(completion: str, label: int) -> dict:
 
 
 def evaluate(
-    sampler: Sampler | PlainSampler,
+    sampler: AnySampler,
     tokenizer: PreTrainedTokenizerBase,
     questions: Dataset,
     max_new_tokens: int,
