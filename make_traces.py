@@ -92,7 +92,7 @@ def tidy(thinking: str) -> str:
     for _ in range(3):  # such as `**答案**`, `答案是：`, and the number on a line of its own
         start = 1 + max(thinking.rstrip("。：:").rfind(end) for end in "。！？\n")
         last = thinking[start:]
-        bare = _CHINESE.search(last) is None and len(find_numbers(last)) <= 1
+        bare = _CHINESE.search(last) is None and len(find_numbers(last)) == 1
         if "=" in last or not (bare or "答案" in last and len(last) <= 30):
             break
         thinking = thinking[:start].rstrip()

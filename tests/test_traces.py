@@ -1,0 +1,234 @@
+"""make_traces.py: any form of answer is read, right and readable ones are kept, and no kill loses what was drawn."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from conftest import error_line, run_script
+
+import make_traces
+from console import UserError
+from make_traces import fault_of, judge, rewrite
+from prompts import ANSWER_COLUMN, QUESTION_COLUMN, to_conversation
+from rewards import REWARDS
+
+QUESTION = "Jasper在四月份卖了48个夹子，五月份卖了一半。一共卖了多少个？"
+STEPS = "五月份卖出的夹子数量是：\n\\[ \\frac{48}{2} = 24 \\]\n\n两个月相加：\n\\[ 48 + 24 = 72 \\]"
+END = "因此，一共卖了 72 个夹子。"
+
+
+@pytest.mark.parametrize(
+    ("text", "thinking", "number"),
+    [
+        # the forms in which a 0.5B model ends under the free prompt
+        (f"{STEPS}\n\n因此，一共卖了 \\(\\boxed{{72}}\\) 个夹子。", f"{STEPS}\n\n{END}", 72),
+        (f"{STEPS}\n\n因此，一共卖了 $\\boxed{{72}}$ 个夹子。\n\n希望有帮助！", f"{STEPS}\n\n{END}", 72),
+        (f"{STEPS}\n\n{END}答案是 \\boxed{{72}}。", f"{STEPS}\n\n{END}", 72),
+        (f"{STEPS}\n\n{END}因此，答案是：\n\n\\[\n\\boxed{{72}}\n\\]", f"{STEPS}\n\n{END}", 72),
+        (f"{STEPS}\n\n### 最终答案\n\\[\\boxed{{\\text{{72 个}}}}\\]", f"{STEPS}\n\n### 最终答案\n72 个", 72),
+        ("相加：\n\\[ 48 + 24 = \\boxed{72} \\]", "相加：\n\\[ 48 + 24 = 72 \\]", 72),
+        ("相加：\n\\[\n\\boxed{72} \\text{ 个}\n\\]\n\n完毕", "相加：\n\\[\n72 \\text{ 个}\n\\]", 72),
+        # the last of two boxes; a last number; a sum in the box is no number, and nothing else is guessed
+        ("两个月相加：\n\\[\n48 + 24 = \\boxed{72}\n\\]", "两个月相加：\n\\[\n48 + 24 = 72\n\\]", 72),
+        ("四月 \\boxed{48} 个，一共 \\boxed{72} 个。", "四月 48 个，一共 72 个。", 72),
+        (f"{STEPS}\n\n{END}", f"{STEPS}\n\n{END}", 72),
+        (f"{STEPS}\n\n\\boxed{{48+24}} 个。", f"{STEPS}\n\n48+24 个。", None),
+        (f"{STEPS}\n\n\\boxed{{\\frac{{1}}{{2}}}}", f"{STEPS}\n\n\\frac{{1}}{{2}}", None),
+        # an R1-style teacher, whose <think> stood in the prompt: what it says behind </think> only names the answer
+        (f"\n嗯，{STEPS}\n</think>\n\n**解：** 共 48+24 个。\n\\[\n\\boxed{{72}}\n\\]", f"嗯，{STEPS}", 72),
+        (f"<think>\n{STEPS}\n</think>\n\n一共 72 个。", STEPS, 72),
+        (f"{STEPS}\n\n**答案**\n\\boxed{{72}}\n</think>\n没有数字", STEPS, None),
+        # our own format, tidy or not; the answer block speaks, whatever is boxed before it
+        (f"<think>\n{STEPS}\n</think>\n<answer>\n72\n</answer>", STEPS, 72),
+        (f"<think>\n\\boxed{{5}}：{STEPS}\n</think><answer>72 个</answer> 完毕", f"5：{STEPS}", 72),
+        (f"{STEPS}\n<answer>\\boxed{{72}}</answer>", STEPS, 72),
+        ("<think>\n猜\n</think>\n<answer>12 - 5 = 7</answer>", "猜", None),
+        ("\\boxed{72}", "", 72),
+        ("", "", None),
+        ("没有数字", "没有数字", None),
+    ],
+)
+def test_rewrite(text, thinking, number):
+    """The thinking reads on to its end without a box, and the number is the one that the text answers."""
+    assert rewrite(text) == (thinking, number)
+
+
+@pytest.mark.parametrize(
+    ("thinking", "fault"),
+    [
+        (f"{STEPS}\n\n{END}", None),
+        (f"Jasper在四月份卖了48个，{STEPS}", None),  # a name out of the question is no foreign word
+        ("五月份卖了一半，就是二十四个，加起来得到72个。检查：72减24得到48，对。", None),  # named twice, no =
+        ("48 + 24 = 72", "too short"),
+        (f"{STEPS}\n```python\nprint(48 + 24)\n```", "code block"),
+        (f"{'我们再想一想，' * 60}\n{STEPS}", "long paragraph"),
+        (f"{STEPS}\nSo the total number of clips is 72.", "mixed languages"),
+        (f"{STEPS}\nВсего 72", "mixed languages"),
+        ("48 + 24 = 72, 24 + 48 = 72, 72 = 72", "mixed languages"),  # not a Chinese word
+        ("Jasper在四月份卖了48个夹子，五月份卖了一半，所以一共卖了72个。", "not computed"),  # a guess
+        (f"{'我们再想一想，' * 20}{STEPS}<answer>", "stray tags"),
+    ],
+)
+def test_fault(thinking, fault):
+    """A bad trace of a right answer falls for what is wrong with it."""
+    assert fault_of(thinking, QUESTION, 72) == fault
+
+
+def test_judge():
+    """Every sample has its verdict, traces stand in the order drawn, and each earns every reward."""
+    forms = [f"{STEPS}\n验算：{n} + 24 - {n} = 24。\n{END}" for n in range(make_traces.KEEP + 1)]
+    texts = [
+        f"{STEPS}\n约 \\boxed{{71}} 个",
+        forms[0],
+        forms[0],
+        "不知道",
+        forms[1].replace("验算", "检验"),
+        *forms[1:],
+    ]
+    samples = [{"text": text, "ended": True} for text in texts] + [{"text": forms[0], "ended": False}]
+    row = judge(QUESTION, 72, samples)
+    faults = ["wrong", None, "same numbers", "no number", None, "same numbers", None, None, "enough kept", "cut off"]
+    assert [each["fault"] for each in row["samples"]] == faults
+    assert row["right"] == 7 and len(row["kept"]) == make_traces.KEEP
+    assert "检验" in row["kept"][1] and [trace.split("：")[-1][0] for trace in row["kept"]] == list("0123")
+    completions = [[{"role": "assistant", "content": trace}] for trace in row["kept"]]
+    for reward in REWARDS:
+        assert min(reward(completions, answer=[72] * len(completions))) == (2 if "correct" in reward.__name__ else 0.5)
+    assert judge(QUESTION, 72, row["samples"]) == row  # its own line can be judged again
+
+
+@pytest.mark.parametrize(
+    "junk",
+    ["\\boxed{", "\\boxed{{1}", "\\[ \\boxed{1", "$ ", "\\[", " ", "\n5", "答案", "答案是：\n", "}{", "</think>"]
+    + ["<answer>", "=1", "\\text{", "a", "１"],
+)
+def test_junk(junk):
+    """No text raises, and four times the text takes about four times as long, not sixteen times."""
+    seconds = []
+    for size in (100_000, 400_000):
+        text = junk * (size // len(junk))
+        start = time.process_time()
+        for samples in ([{"text": text, "ended": True}], [{"text": f"{text}72\\boxed{{72}}", "ended": True}]):
+            judge(text, 72, samples)
+        seconds.append(time.process_time() - start)
+    assert seconds[1] < 9 * seconds[0] + 0.05
+
+
+# ------------------------------------------------------------------------------------------------------- the script
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory) -> Path:
+    """The demo's data and a model that is right now and then."""
+    from demo import make_demo
+
+    folder = tmp_path_factory.mktemp("taught")
+    make_demo(folder / "base", steps=120)
+    return folder
+
+
+def test_script(taught):
+    """It samples, says what it kept, and resumes after a kill to the same bytes; another seed is refused."""
+    command = ["make_traces.py", "--demo", "--cpu", "--limit", 24, "--output", taught]
+    done = run_script(*command)
+    log, traces = taught / "questions.jsonl", taught / "traces.jsonl"
+    assert all(word in done.stdout for word in ("question   24/24", "left 0:00:00", "of the samples", "kept", "wrong"))
+    whole = log.read_bytes(), traces.read_bytes()
+    rows, lines = ([json.loads(line) for line in text.decode().splitlines()] for text in whole)
+    assert [len(row["samples"]) for row in rows] == [make_traces.SAMPLES] * 24
+    assert [line["completion"][0]["content"] for line in lines] == [trace for row in rows for trace in row["kept"]]
+    assert {line["prompt"][-1]["content"]: line["answer"] for line in lines}.items() <= {
+        row["question"]: row["label"] for row in rows
+    }.items()
+    assert all(1 <= line["right"] <= line["samples"] for line in lines)
+
+    log.write_bytes(b"\n".join(whole[0].split(b"\n")[:20]) + b'\n{"question": "\xe5')  # killed within a line
+    traces.unlink()
+    assert "question   24/24" in run_script(*command).stdout
+    assert (log.read_bytes(), traces.read_bytes()) == whole
+    line = error_line(run_script(*command, "--seed", 7, expect=2))
+    assert "seed 42" in line and "7" in line and "--output" in line
+
+
+def test_nothing_kept(demo_output):
+    """A model that is never right ends in one line with the pass rate and the reasons; no trace file is left."""
+    done = run_script("make_traces.py", "--demo", "--cpu", "--limit", 4, "--output", demo_output, expect=2)
+    line = error_line(done)
+    assert "none of 32 samples" in line and "0.0% right" in line and "wrong" in line and "--free" in line
+    assert not (demo_output / "traces.jsonl").exists() and (demo_output / "questions.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--split", "test"], "test questions measure"),
+        (["--limit", "0"], "--limit 0"),
+        (["--model", "./nowhere", "--output", "{output}"], "'./nowhere'"),
+        (["--output", __file__], "cannot be used"),
+    ],
+)
+def test_refused(flags, words, tmp_path, demo_base):
+    """What the user can mend is one line."""
+    flags = [flag.format(output=tmp_path) for flag in flags]
+    with pytest.raises(UserError, match=words):
+        make_traces.main([*flags, "--dataset", str(demo_base / "data"), "--cpu"])
+
+
+class Letters:
+    """A tokenizer of one token per character, 0 at the end."""
+
+    def apply_chat_template(self, conversations, **_):
+        return {"input_ids": [[ord(c) for m in messages for c in m["content"]] for messages in conversations]}
+
+    def batch_decode(self, rows, **_):
+        return ["".join(map(chr, filter(None, row))) for row in rows]
+
+
+class Boxer:
+    """A sampler that answers what it was asked in a box, a different way each time, if it was asked for one."""
+
+    eos = [0]
+
+    def __init__(self):
+        self.drawn = 0
+
+    def generate(self, prompt_ids, max_new_tokens, temperature):
+        assert temperature == make_traces.TEMPERATURE and all("\\boxed{}" in "".join(map(chr, i)) for i in prompt_ids)
+        self.drawn += len(prompt_ids)
+        return [[*map(ord, f"{STEPS}\n想了 {i} 遍，一共 \\boxed{{72}} 个"), 0] for i in range(len(prompt_ids))]
+
+
+def test_free(tmp_path, monkeypatch):
+    """Sampled under the free prompt, written under the training prompt; stricter filters need no model."""
+    data = [json.dumps({QUESTION_COLUMN: f"{QUESTION}{i}", ANSWER_COLUMN: 72}) + "\n" for i in range(3)]
+    for name in ("train.jsonl", "test.jsonl"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / name).write_text("".join(data))
+    boxer, output = Boxer(), tmp_path / "out"
+    monkeypatch.setattr(make_traces, "load_sampler", lambda *_: (boxer, Letters()))
+    monkeypatch.setattr(make_traces, "QUESTIONS", 2)
+    arguments = ["--free", "--dataset", str(tmp_path / "data"), "--output", str(output), "--cpu"]
+    make_traces.main(arguments)
+    lines = [json.loads(line) for line in (output / "traces.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["prompt"] for line in lines[:: make_traces.KEEP]] == [to_conversation(f"{QUESTION}{i}") for i in "012"]
+    assert "boxed" not in str(lines) and boxer.drawn == 3 * make_traces.SAMPLES
+    with pytest.raises(UserError, match="prompt"):  # not with those drawn under another prompt
+        make_traces.main(arguments[1:])
+
+    monkeypatch.setattr(make_traces, "KEEP", 1)
+    make_traces.main(arguments)
+    assert len((output / "traces.jsonl").read_text(encoding="utf-8").splitlines()) == 3
+    monkeypatch.setattr(make_traces, "MIN_THINKING", 1000)
+    with pytest.raises(UserError, match="100.0% right; fell: 24 too short"):
+        make_traces.main(arguments)
+    assert not (output / "traces.jsonl").exists() and boxer.drawn == 3 * make_traces.SAMPLES
+    (tmp_path / "data" / "train.jsonl").write_text("".join(reversed(data)))
+    with pytest.raises(UserError, match="other questions"):
+        make_traces.main(arguments)
+
+
+@pytest.mark.parametrize("line", ["nonsense", "5", "{}", '{"question": 1, "label": 2, "samples": 3}', "\0"])
+def test_damaged_log(line, tmp_path):
+    """A log that somebody has edited is refused in a line, not guessed at."""
+    (tmp_path / "log").write_text(line + "\n")
+    with pytest.raises(UserError, match="damaged"):
+        make_traces.read_log(tmp_path / "log", [("1", 2)])
