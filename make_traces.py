@@ -205,12 +205,12 @@ def append(path: Path, rows: list[dict]) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- the model
-def load_sampler(name: str, cpu: bool) -> tuple["Sampler | PlainSampler", "PreTrainedTokenizerBase"]:
-    """The model, on a GPU in bf16 without autocast: that would hold the weights twice, for which 7B leave no room."""
+def load_sampler(name: str, cpu: bool, bf16: bool) -> tuple["Sampler | PlainSampler", "PreTrainedTokenizerBase"]:
+    """The model, its weights in bf16 where training autocasts: both kinds of a 7B model would not fit into 24 GB."""
     from models import load_model, pick_device
     from rollout import make_sampler
 
-    device, dtype = pick_device(cpu)
+    device, dtype = pick_device(cpu, bf16)
     model, tokenizer = load_model(name)
     for parameter in model.parameters():  # not the buffers: in bf16 positions would be rounded
         parameter.data = parameter.data.to(device, dtype or parameter.dtype)
@@ -240,7 +240,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     """How this run goes. Raises UserError for a flag or a constant that cannot be."""
     parser = argparse.ArgumentParser(description="traces by rejection sampling", allow_abbrev=False)
     parser.add_argument("--model", help=f"hub id, saved model, checkpoint or adapter (default: {train_grpo.MODEL})")
-    parser.add_argument("--dataset", help=f"hub id or folder (default: {train_grpo.DATASET})")
+    parser.add_argument("--dataset", help="hub id or folder (default: what the model was trained on)")
     parser.add_argument("--split", default="train", help="any but the test split (default: train)")
     parser.add_argument("--output", help=f"where this run writes (default: {OUTPUT_DIR}, the demo: output/demo)")
     parser.add_argument("--limit", type=int, help="the first so many questions only")
@@ -270,10 +270,13 @@ def main(argv: list[str] | None = None) -> None:
 
     from models import find_beside
 
-    # no trace may be longer than what its student may write, so that one limit serves both
-    tokens = find_beside(recipe.MODEL, "recipe/recipe.json").get("MAX_COMPLETION_TOKENS", recipe.MAX_COMPLETION_TOKENS)
-    settings = {"model": recipe.MODEL, "dataset": recipe.DATASET, "split": flags.split, "limit": flags.limit}
-    settings |= {"seed": recipe.SEED, "prompt": ask("", flags.free), "tokens": tokens}
+    # as the model was trained, if it was here; and no trace may be longer than what its student may write
+    trained = vars(recipe) | find_beside(recipe.MODEL, "recipe/recipe.json")
+    tokens, dataset = trained["MAX_COMPLETION_TOKENS"], recipe.DATASET
+    if not (flags.dataset or flags.demo):
+        dataset = find_beside(recipe.MODEL, "results.json").get("dataset", dataset)
+    settings = {"model": recipe.MODEL, "dataset": dataset, "split": flags.split, "limit": flags.limit}
+    settings |= {"seed": recipe.SEED, "free": flags.free, "prompt": ask("", flags.free), "tokens": tokens}
     claim(output, settings | {"SAMPLES": SAMPLES, "TEMPERATURE": TEMPERATURE})
     if flags.demo:
         demo.make_demo(output / "base")
@@ -281,7 +284,7 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     # ---- the questions, and those that an earlier run has sampled
-    questions = load_questions(recipe.DATASET, flags.split)
+    questions = load_questions(dataset, flags.split)
     pairs = zip(questions["prompt"], questions["answer"], strict=True)
     asked = [(prompt[-1]["content"], label) for prompt, label in pairs][: flags.limit]
     rows = read_log(log, asked)
@@ -292,7 +295,7 @@ def main(argv: list[str] | None = None) -> None:
     # ---- sample
     begun, start = len(rows), time.perf_counter()
     if begun < len(asked):
-        sampler, tokenizer = load_sampler(recipe.MODEL, flags.cpu)
+        sampler, tokenizer = load_sampler(recipe.MODEL, flags.cpu, trained["BF16"])
     while len(rows) < len(asked):
         batch = asked[len(rows) : len(rows) + QUESTIONS]
         # of seed and place: a batch comes out the same, whether all before it were drawn in this run or not
@@ -328,7 +331,7 @@ def main(argv: list[str] | None = None) -> None:
     solved, covered = (sum(bool(row[name]) for row in rows) for name in ("right", "kept"))
     lengths = sorted(len(trace["completion"][0]["content"]) for trace in traces)
     print(f"model      {recipe.MODEL}")
-    print(f"data       {recipe.DATASET}, split {flags.split}: {len(rows)} questions x {SAMPLES} samples")
+    print(f"data       {dataset}, split {flags.split}: {len(rows)} questions x {SAMPLES} samples")
     print(f"right      {pass_rate(rows):.1%} of the samples, {solved} questions at least once")
     print(f"kept       {len(traces)} traces of {covered} questions, {lengths[len(lengths) // 2]} characters (median)")
     print(f"fell       {why}")
