@@ -5,7 +5,7 @@ import ast
 import pytest
 from conftest import ROOT
 
-VERBS = {"train_grpo", "evaluate", "chat", "draw_curves"}  # what a person runs
+VERBS = {"train_grpo", "make_traces", "evaluate", "chat", "draw_curves"}  # what a person runs
 SOURCES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in ROOT.glob("*.py")}
 
 
