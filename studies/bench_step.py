@@ -33,15 +33,19 @@ import qwen
 import torch
 import transformers
 import trl
+import trl.trainer.utils
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
+from trl.kernels.chunked_logprob import _use_triton as every_position
 
 import demo
 from rollout import PlainSampler, Rollout, Sampler
+from trainer import CarefulTrainer
 
 CUDA = torch.cuda.is_available()
+labelled_only = trl.trainer.utils._use_triton  # as trainer.py sets it, for the whole process
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 LOW = torch.bfloat16 if CUDA else None  # the precision of evaluation
 DEMO = {name: size for name, size in demo.SHAPE.items() if name != "initializer_range"}
@@ -151,6 +155,7 @@ def run(
     """Train `steps` steps; seconds of each (`step`), of its generation (`gen`), and the peak memory in GB."""
     prompts = draw_prompts(256, *prompt_tokens)
     rows = [{"prompt": [{"role": "user", "content": " ".join(f"w{i}" for i in ids)}]} for ids in prompts]
+    trl.trainer.utils._use_triton = labelled_only if fast else every_position  # a plain TRL must stay one
     config = GRPOConfig(
         tempfile.gettempdir(),  # nothing is written
         use_cpu=not CUDA,
@@ -170,7 +175,7 @@ def run(
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     rollout = Rollout() if fast else None
-    trainer = GRPOTrainer(
+    trainer = (CarefulTrainer if fast else GRPOTrainer)(
         model=make_model(),
         reward_funcs=reward,
         args=config,
@@ -199,7 +204,7 @@ def run(
     trainer.train()
     assert sum(tokens) == steps * completions * length, "not the same work"
     assert not (CUDA and fast and graph) or rollout.sampler(trainer).use_graph, "the graph was lost on the way"
-    peak = torch.cuda.max_memory_allocated() / 1e9 if CUDA else 0.0
+    peak = torch.cuda.max_memory_reserved() / 1e9 if CUDA else 0.0
     del trainer, rollout
     gc.collect()
     if CUDA:

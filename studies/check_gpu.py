@@ -15,7 +15,8 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 import qwen
 
 import train_grpo
@@ -23,6 +24,16 @@ from prompts import ANSWER_COLUMN, QUESTION_COLUMN
 
 ENDS = {"eos_token_id": 151645, "pad_token_id": 151643, "bos_token_id": None}
 STEPS = 10
+START = """
+import sys, zlib
+import train_grpo
+
+def mark_reward(completions, **kwargs):  # random weights earn nothing, and what is rewarded alike is not trained on
+    return [zlib.crc32(completion[0]["content"].encode()) % 97 / 97 for completion in completions]
+
+train_grpo.REWARDS[0] = mark_reward
+train_grpo.run(lambda: train_grpo.main(sys.argv[1:]))
+"""
 # About as long as the Chinese GSM8K's questions.
 QUESTION = "一列火车每小时行驶{a}公里，先行驶了{b}小时，休息之后又行驶了{c}小时，每张车票{d}元。它一共行驶了多少公里？"
 
@@ -41,7 +52,7 @@ def main() -> None:
         tokenizer.save_pretrained(folder / "model")
         flags = ["--model", folder / "model", "--dataset", folder / "data", "--output", folder / "run"]
         flags += ["--max-steps", STEPS, *sys.argv[2:]]
-        subprocess.run([sys.executable, train_grpo.__file__, *map(str, flags)], check=True)
+        subprocess.run([sys.executable, "-c", START, *map(str, flags)], cwd=ROOT, check=True)
         results = json.loads((folder / "run" / "results.json").read_text(encoding="utf-8"))
     for name in ("device", "step_seconds", "generated_tokens_per_second", "peak_memory_gb"):
         print(f"{name}: {results[name]}")
