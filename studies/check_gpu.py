@@ -15,14 +15,14 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 import qwen
 
 import train_grpo
 from prompts import ANSWER_COLUMN, QUESTION_COLUMN
 
 ENDS = {"eos_token_id": 151645, "pad_token_id": 151643, "bos_token_id": None}
+ROOT = Path(train_grpo.__file__).parent
 STEPS = 10
 START = """
 import sys, zlib
