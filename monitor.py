@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from operator import mul
 from pathlib import Path
 from statistics import fmean, median
@@ -60,7 +61,7 @@ def format_without_correctness(history: History) -> str | None:
     correct, form = rolling(history, "correctness/correct"), rolling(history, "format/all")
     if len(correct) <= WINDOW:
         return None
-    peak = max(range(len(correct) - WINDOW), key=correct.__getitem__)  # of the windows apart from the newest
+    peak = max(range(len(correct) - WINDOW), key=lambda end: correct[end])  # of the windows apart from the newest
     if correct[-1] > (1 - CORRECT_FALL) * correct[peak] or form[-1] < form[peak] + FORMAT_RISE:
         return None
     return (
@@ -320,6 +321,7 @@ class Monitor(TrainerCallback):
     def print_step(self, max_steps: int) -> None:
         """One line for the newest row of the history."""
         row = self.history[-1]
+        left = row["speed/train_seconds"] / row["step"] * (max_steps - row["step"])
         print(
             f"step {row['step']:>{len(str(max_steps))}}/{max_steps}"
             f"  reward {row['reward/total']:.3f}"
@@ -329,7 +331,7 @@ class Monitor(TrainerCallback):
             f"  cut off {row['length/cut_off']:4.0%}"
             f"  no spread {row['reward/flat_groups']:4.0%}"
             f"  {row['speed/step_seconds']:.1f} s"
-            f"  left {clock(row['speed/train_seconds'] / row['step'] * (max_steps - row['step']))}",
+            f"  left {timedelta(seconds=round(left))}",
             flush=True,
         )
 
@@ -406,27 +408,16 @@ class Monitor(TrainerCallback):
             if name in ("before", "after"):
                 value = describe(value)
             elif name == "probe":
-                value = f"{value['question']}: {say_answer(value['before'])} before, {say_answer(value['after'])} after"
+                before, after = (extract_answer(value[when]) or "no answer" for when in ("before", "after"))
+                value = f"{value['question']}: {before} before, {after} after"
             elif name == "best" and value["step"]:
                 value = f"checkpoint-{value['step']}, strict {value['strict']:.1%} of the held-out sample"
             print(f"{name + ':':<29}{value}")
 
 
-def clock(seconds: float) -> str:
-    """3725.0 -> '1 h 02 min'"""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
-
-
 def device_name(device: torch.device) -> str:
     """'NVIDIA H200' or 'CPU'"""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
-def say_answer(completion: str) -> str:
-    """What a completion answers, in one word."""
-    return extract_answer(completion) or "no answer"
 
 
 def peak_memory_gb() -> float:

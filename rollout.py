@@ -206,8 +206,8 @@ class Sampler:
         if not prompt_ids:
             return []
         *_, completions = self._decode(prompt_ids, max_new_tokens, temperature, on_finished)
-        if self._batch is not None and _free_share(self.device) < 0.25:
-            self._batch, self.graphs = None, {}  # training needs the room, and a new capture but a fraction of a second
+        if self.batch is not None and _free_share(self.device) < 0.25:
+            self.batch, self.graphs = None, {}  # training needs the room, and a new capture but a fraction of a second
         return [_cut(row, self.eos) for row in completions.tolist()]
 
     def stream(self, prompt_ids: list[int], max_new_tokens: int, temperature: float = 0.0) -> Iterator[int]:
@@ -236,7 +236,7 @@ class Sampler:
         """A module of its own, so that nothing patched into the trainer's model acts here, and nothing here there."""
         self.device = next(self.model.parameters()).device  # here, for DeepSpeed moves the model when training starts
         self._ends = torch.tensor(self.eos, device=self.device)
-        self._batch: Batch | None = None  # what the graphs below read and write
+        self.batch: Batch | None = None  # what the graphs below read and write
         self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}  # greedy or not -> one captured step
         self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # in autocast's precision, and what they copy
         base = _base(self.model)
@@ -298,7 +298,7 @@ class Sampler:
             if look and finished - (rows - live) > 0.1 * live:
                 batch.drop_finished()
             batch.seen = width + count
-            self._step(batch)
+            self.step(batch)
         if on_finished is not None:
             on_finished(rows - finished)  # those that ended since the last look or are cut off
 
@@ -309,13 +309,13 @@ class Sampler:
         if not self._replays():
             return Batch(rows, columns, self.device, self.autocast)
         columns += WARM_UP  # a capture's warm-up writes behind the first token, however few tokens are wanted
-        old = self._batch
+        old = self.batch
         # a graph runs all its rows and columns, so one of up to twice the rows will do, a larger one wastes too much
         if old is None or not len(old.done) / 2 < rows <= len(old.done) or columns > len(old.columns):
             columns = max(columns, len(old.columns)) if old is not None else columns
-            self._batch, self.graphs, old = None, {}, None  # freed before the next one is allocated
-            self._batch = Batch(rows, -(-columns // 64) * 64, self.device, self.autocast)
-        return self._batch
+            self.batch, self.graphs, old = None, {}, None  # freed before the next one is allocated
+            self.batch = Batch(rows, -(-columns // 64) * 64, self.device, self.autocast)
+        return self.batch
 
     def _prefill(self, batch: Batch, prompt_ids: list[list[int]], width: int) -> None:
         """Read each distinct prompt once and pick the first token of every row."""
@@ -337,7 +337,7 @@ class Sampler:
         self._pick(batch, logits[batch.source])
         batch.source = None
 
-    def _step(self, batch: Batch) -> None:
+    def step(self, batch: Batch) -> None:
         """Feed every live row its newest token and pick the next one."""
         tokens = batch.tokens[batch.live, batch.column]
         mask = (batch.columns >= batch.pads) & (batch.columns <= batch.column)  # (live, S)
@@ -383,7 +383,7 @@ class Sampler:
             except torch.OutOfMemoryError:
                 raise  # step by step it would need no less
             except RuntimeError as error:
-                self.use_graph, self._batch, self.graphs = False, None, {}
+                self.use_graph, self.batch, self.graphs = False, None, {}
                 note(f"no CUDA graph, completions are made step by step, slower: {first_line(error)}")
             for tensor, value in zip(state, before, strict=True):
                 tensor.copy_(value)
@@ -398,11 +398,11 @@ class Sampler:
                 side.wait_stream(before)
                 with torch.cuda.stream(side):  # capturing demands a warm-up on another stream
                     for _ in range(WARM_UP):
-                        self._step(batch)
+                        self.step(batch)
                 before.wait_stream(side)
                 # thread_local: NCCL's own thread may go on
                 with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-                    self._step(batch)
+                    self.step(batch)
             finally:
                 torch.cuda.set_stream(before)  # PyTorch itself stays on the side stream where a capture fails
         return graph

@@ -48,6 +48,8 @@ CUDA = torch.cuda.is_available()
 labelled_only = trl.trainer.utils._use_triton  # as trainer.py sets it, for the whole process
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 LOW = torch.bfloat16 if CUDA else None  # the precision of evaluation
+if CUDA:
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as models.pick_device does
 DEMO = {name: size for name, size in demo.SHAPE.items() if name != "initializer_range"}
 DEMO |= {"vocab_size": demo.VOCABULARY, "tie_word_embeddings": True}
 SHAPE = qwen.SHAPE if CUDA else DEMO
@@ -120,6 +122,32 @@ def check() -> None:
         assert ours.use_graph and set(ours.graphs) == {True, False}, "the decode step was not captured"
     print(
         "greedy decoding equals model.generate; a seed repeats itself" + ", with the captured graph" * CUDA, flush=True
+    )
+
+
+def check_true_shape() -> None:
+    """Under bf16 autocast each greedy token is, but for rounding, what the trainer's own forward likes best there.
+
+    On CUDA with the captured graph, and one step more that may not make the GPU wait for the host.
+    """
+    model, tokenizer = make_model(spread=0.05).eval(), make_tokenizer()
+    sampler, prompts = Sampler(model, tokenizer, torch.bfloat16), draw_prompts(16, *PROMPT_TOKENS)
+    gaps = []
+    for prompt, completion in zip(prompts, sampler.generate(prompts, 32), strict=True):
+        text = torch.tensor([prompt + completion], device=DEVICE)
+        with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
+            logits = model(text).logits[0, len(prompt) - 1 : -1].float()  # (tokens, vocabulary)
+        chosen = logits[torch.arange(len(completion)), torch.tensor(completion)]
+        gaps.append(((logits.max(-1).values - chosen) / logits.std(-1)).mean().item())
+    assert statistics.fmean(gaps) < 0.05, f"the loop departs from a teacher-forced forward: {gaps}"
+    if CUDA and sampler.batch is not None:
+        torch.cuda.set_sync_debug_mode("error")
+        sampler.step(sampler.batch)
+        torch.cuda.set_sync_debug_mode("default")
+    print(
+        f"under bf16 autocast the chosen tokens lie {statistics.fmean(gaps):.4f} standard deviations of the logits "
+        "below the best ones of a teacher-forced forward",
+        flush=True,
     )
 
 
@@ -380,6 +408,7 @@ def main() -> None:
     print(f"{machine}; {versions}; {time.strftime('%Y-%m-%d')}")
     started = time.perf_counter()
     check()
+    check_true_shape()
     figures = {"machine": machine, "versions": versions, "steps": bench_steps(), "evaluation": bench_evaluation()}
     figures |= {"spread": bench_spread(), "growth": bench_growth()}
     if CUDA:

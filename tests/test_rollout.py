@@ -81,10 +81,10 @@ def replayed(sampler: Sampler) -> Sampler:
     def capture(batch):
         with torch.random.fork_rng([]):
             for _ in range(2):
-                sampler._step(batch)
+                sampler.step(batch)
         frozen = copy.copy(batch)
         frozen.keys, frozen.values = list(batch.keys), list(batch.values)
-        return SimpleNamespace(replay=lambda: sampler._step(frozen))
+        return SimpleNamespace(replay=lambda: sampler.step(frozen))
 
     sampler._replays, sampler._capture = lambda: sampler.use_graph, capture
     return sampler
@@ -477,12 +477,12 @@ def test_captured_batches(monkeypatch):
     monkeypatch.setattr(rollout, "_free_share", lambda device: share)
     for prompts in (MIXED * 4, MIXED * 3, MIXED * 2, MIXED[:1], MIXED):
         assert sampler.generate(prompts, 20) == reference(model, prompts, 20)
-        sizes.append(len(sampler._batch.done))
+        sizes.append(len(sampler.batch.done))
     assert sizes == [24, 24, 12, 1, 6]
     share = 0.2
     for _ in range(2):
         assert sampler.generate(MIXED, 20) == reference(model, MIXED, 20)
-        assert sampler._batch is None and not sampler.graphs
+        assert sampler.batch is None and not sampler.graphs
 
 
 @both_paths
