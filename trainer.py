@@ -1,4 +1,4 @@
-"""GRPOTrainer with two changes: no wasted columns or rows, and checkpoints that are whole or not there."""
+"""TRL's trainers with two changes: no wasted columns or rows in GRPO's, and in both of them whole checkpoints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import rotate_checkpoints
-from trl import GRPOTrainer
+from trl import GRPOTrainer, SFTTrainer
 
 from checkpoints import attempt, checkpoint_bytes, list_checkpoints, publish
 from console import UserError
@@ -23,18 +23,11 @@ from console import UserError
 trl.trainer.utils._use_triton = lambda device: True
 
 
-class CarefulTrainer(GRPOTrainer):
-    """GRPOTrainer that computes no wasted columns or rows, and whose checkpoints are whole or not there.
+class WholeCheckpoints:
+    """What makes the checkpoints of any of TRL's trainers whole or not there: `class Mine(WholeCheckpoints, Theirs)`.
 
-    TRL pads prompts and completions to the longest of the generation batch and trains on all of that in every micro
-    batch (huggingface/trl issue #7179). Here the gradient is the same, and less is computed for it:
-
-    - trim: a micro batch is as wide as its longest row, prompt and completion together;
-    - sort: rows of like length come into one micro batch;
-    - skip: a completion whose advantage is 0, as in a group of equal rewards, has no gradient and is not run.
-
-    There is no public way to do this, so three private methods of TRL are overridden. A checkpoint that cannot be
-    saved costs a line on the console, not the run.
+    All that it overrides is transformers.Trainer's own. A checkpoint that cannot be saved costs a line on the console,
+    not the run.
 
     Raises:
         UserError: weights that are sharded over the processes.
@@ -48,7 +41,67 @@ class CarefulTrainer(GRPOTrainer):
                 "size fits every GPU: launch without them, or with ZeRO-1 or -2"
             )
 
-    # ------------------------------------------------------------------------------------- no wasted columns or rows
+    def _save_checkpoint(self, model, trial) -> None:
+        # Trainer's own version has all processes meet half-way, where one whose disk is full never arrives
+        self.store_flos()  # a sum over all processes
+        output = Path(self.args.output_dir)
+        final = output / f"checkpoint-{self.state.global_step}"
+        temporary = output / f".tmp-{final.name}"
+        faults = [fault for fault in gather_object([attempt(self._write, temporary)]) if fault]  # all have written
+        if not self.args.should_save:
+            return
+        fault = faults[0] if faults else attempt(publish, temporary, final)
+        if fault is None:
+            best = self.state.best_global_step and str(output / f"checkpoint-{self.state.best_global_step}")
+            rotate_checkpoints(str(output), self.args.save_total_limit, best)  # a kill in it damages old ones only
+        else:
+            shutil.rmtree(temporary, ignore_errors=True)
+            kept = ", ".join(path.name for path in list_checkpoints(output)) or "none"
+            print(f"WARNING: {final.name} could not be saved ({fault}); kept: {kept}. Training goes on", flush=True)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        super().create_model_card(*args, **kwargs)
+        card, source = Path(self.args.output_dir, "README.md"), self.model.config._name_or_path
+        if self.args.should_save:  # TRL knows no name for a model that came from a folder
+            text = card.read_text(encoding="utf-8")
+            card.write_text(text.replace("[None](https://huggingface.co/None)", f"`{source}`"), encoding="utf-8")
+
+    def _write(self, folder: Path) -> None:
+        """Everything that resuming needs; each process writes its random state, the main one the rest."""
+        if self.args.should_save:
+            needed, free = checkpoint_bytes(self.model)[0], shutil.disk_usage(self.args.output_dir).free
+            if free < needed:
+                raise OSError(f"{free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed")
+            self.create_model_card(model_name=Path(self.args.output_dir).name)
+        self.save_model(str(folder), _internal_call=True)
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_scaler(str(folder))
+        self._save_rng_state(str(folder))
+        if self.args.should_save:
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        check_fits(Path(resume_from_checkpoint), self.model)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _run_epoch(self, **kwargs) -> None:
+        if self.state.global_step < self.state.max_steps:  # a run killed after its last step would make one more
+            super()._run_epoch(**kwargs)
+
+
+class CarefulTrainer(WholeCheckpoints, GRPOTrainer):
+    """GRPOTrainer that computes no wasted columns or rows, and whose checkpoints are whole or not there.
+
+    TRL pads prompts and completions to the longest of the generation batch and trains on all of that in every micro
+    batch (huggingface/trl issue #7179). Here the gradient is the same, and less is computed for it:
+
+    - trim: a micro batch is as wide as its longest row, prompt and completion together;
+    - sort: rows of like length come into one micro batch;
+    - skip: a completion whose advantage is 0, as in a group of equal rewards, has no gradient and is not run.
+
+    There is no public way to do this, so three private methods of TRL are overridden.
+    """
+
     def _get_per_token_logps_and_entropies(
         self,
         model: torch.nn.Module,
@@ -138,53 +191,9 @@ class CarefulTrainer(GRPOTrainer):
             self._metrics["train" if self.model.training else "eval"]["entropy"][-1] = math.nan
         return loss
 
-    # --------------------------------------------------------------------------------------------- whole checkpoints
-    def _save_checkpoint(self, model, trial) -> None:
-        # Trainer's own version has all processes meet half-way, where one whose disk is full never arrives
-        self.store_flos()  # a sum over all processes
-        output = Path(self.args.output_dir)
-        final = output / f"checkpoint-{self.state.global_step}"
-        temporary = output / f".tmp-{final.name}"
-        faults = [fault for fault in gather_object([attempt(self._write, temporary)]) if fault]  # all have written
-        if not self.args.should_save:
-            return
-        fault = faults[0] if faults else attempt(publish, temporary, final)
-        if fault is None:
-            best = self.state.best_global_step and str(output / f"checkpoint-{self.state.best_global_step}")
-            rotate_checkpoints(str(output), self.args.save_total_limit, best)  # a kill in it damages old ones only
-        else:
-            shutil.rmtree(temporary, ignore_errors=True)
-            kept = ", ".join(path.name for path in list_checkpoints(output)) or "none"
-            print(f"WARNING: {final.name} could not be saved ({fault}); kept: {kept}. Training goes on", flush=True)
 
-    def create_model_card(self, *args, **kwargs) -> None:
-        super().create_model_card(*args, **kwargs)
-        card, source = Path(self.args.output_dir, "README.md"), self.model.config._name_or_path
-        if self.args.should_save:  # TRL knows no name for a model that came from a folder
-            text = card.read_text(encoding="utf-8")
-            card.write_text(text.replace("[None](https://huggingface.co/None)", f"`{source}`"), encoding="utf-8")
-
-    def _write(self, folder: Path) -> None:
-        """Everything that resuming needs; each process writes its random state, the main one the rest."""
-        if self.args.should_save:
-            needed, free = checkpoint_bytes(self.model)[0], shutil.disk_usage(self.args.output_dir).free
-            if free < needed:
-                raise OSError(f"{free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed")
-            self.create_model_card(model_name=Path(self.args.output_dir).name)
-        self.save_model(str(folder), _internal_call=True)
-        self._save_optimizer_and_scheduler(str(folder))
-        self._save_scaler(str(folder))
-        self._save_rng_state(str(folder))
-        if self.args.should_save:
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        check_fits(Path(resume_from_checkpoint), self.model)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _run_epoch(self, **kwargs) -> None:
-        if self.state.global_step < self.state.max_steps:  # a run killed after its last step would make one more
-            super()._run_epoch(**kwargs)
+class CarefulSFTTrainer(WholeCheckpoints, SFTTrainer):
+    """SFTTrainer whose checkpoints are whole or not there."""
 
 
 def check_fits(checkpoint: Path, model: torch.nn.Module) -> None:
