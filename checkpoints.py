@@ -37,7 +37,8 @@ BEGUN = ["results.json", "samples.jsonl", "runs", "curves.png", "recipe"]
 # What a killed run was about to write, or to delete.
 LEFTOVERS = [".tmp-checkpoint-*", ".tmp-old-checkpoint-*", ".tmp-model", ".tmp-*.json*"]
 # Constants that make what the weights are: a checkpoint fits no others. All else may change when a run is resumed.
-UNFIT = {"MODEL", "USE_LORA", "LORA_RANK", "LORA_ALPHA", "LORA_MODULES"}
+# TRACES is train_sft.py's: neither script goes on with what the other has begun.
+UNFIT = {"MODEL", "TRACES", "USE_LORA", "LORA_RANK", "LORA_ALPHA", "LORA_MODULES"}
 
 
 # -------------------------------------------------------------------------------------- the output folder, before

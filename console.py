@@ -67,6 +67,19 @@ def check_types(recipe: SimpleNamespace, script: ModuleType) -> None:
             raise UserError(f"{name} = {value!r} is not {allowed}; mend it in {Path(script.__file__).name}")
 
 
+def check_ranges(constants: dict[str, Any], ranges: dict[str, tuple[str, bool]], script: str) -> None:
+    """Raises UserError for the first constant out of its range; a number without one has to be above 0.
+
+    Args:
+        ranges: name -> the range in words, and whether the constant is in it.
+        script: the file to mend.
+    """
+    for name, value in constants.items():
+        words, holds = ranges.get(name, ("above 0", type(value) not in (int, float) or value > 0))
+        if not holds:
+            raise UserError(f"{name} = {value!r} is not {words}; mend it in {script}, or by its flag")
+
+
 def is_a(value: Any, kind: Any) -> bool:
     """Whether a value is what an annotation says. True and NaN are no numbers, an empty text is no text."""
     if get_origin(kind) is Literal:

@@ -34,6 +34,13 @@ RECIPE = {
     "MAX_COMPLETION_TOKENS": 64,  # a careful answer has about 35
 }
 
+# And those of train_sft.py
+SFT_RECIPE = {
+    "OUTPUT_DIR": RECIPE["OUTPUT_DIR"],
+    "LEARNING_RATE": 1e-3,
+    "EVAL_EVERY": 25,
+}
+
 # The model
 VOCABULARY = 800  # tokens, 256 of them bytes
 SHAPE = {
@@ -191,8 +198,8 @@ def make_demo(folder: str | Path, steps: int = SFT_STEPS) -> tuple[str, str]:
 
 
 def fingerprint() -> str:
-    """Tells apart what makes a base: the prompt and this file, but for RECIPE, which is there to be played with."""
-    source = re.sub(r"^RECIPE = \{.*?^\}", "", Path(__file__).read_text(encoding="utf-8"), flags=re.M | re.S)
+    """Tells apart what makes a base: the prompt and this file, but for the recipes, which are to be played with."""
+    source = re.sub(r"^(SFT_)?RECIPE = \{.*?^\}", "", Path(__file__).read_text(encoding="utf-8"), flags=re.M | re.S)
     return hashlib.sha256((source + SYSTEM_PROMPT).encode()).hexdigest()
 
 

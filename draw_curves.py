@@ -21,6 +21,14 @@ PANELS = {
     "wasted": (1.02, {"reward/flat_groups": "groups without spread", "length/cut_off": "completions cut off"}),
     "entropy": (None, {"training/entropy": "per token"}),
 }
+SFT_PANELS = {  # of train_sft.py's runs
+    "training: loss": (None, {"training/loss": "per token"}),
+    "training: tokens": (1.02, {"training/token_accuracy": "predicted right"}),
+    "held-out, 95 % interval": PANELS["held-out, 95 % interval"],
+    "length in tokens": (None, {"heldout/mean_tokens": "held-out"}),
+    "cut off": (1.02, {"heldout/truncated": "held-out"}),
+    "entropy": PANELS["entropy"],
+}
 SMOOTH = 5  # steps in the mean that is drawn over the faint curve of single steps
 
 
@@ -29,7 +37,9 @@ def read_history(output: Path, until: int | None = None) -> History:
     from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
     if not (output / "runs").is_dir():
-        raise UserError(f"{str(output)!r} holds no run (it has no runs/); name a folder that train_grpo.py wrote")
+        raise UserError(
+            f"{str(output)!r} holds no run (it has no runs/); name a folder that train_grpo.py or train_sft.py wrote"
+        )
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it would announce every resume
     events = EventAccumulator(str(output / "runs"), size_guidance={SCALARS: 0}).Reload()  # 0: all of them
     rows: dict[int, dict[str, float]] = {}
@@ -43,8 +53,10 @@ def draw_curves(runs: dict[str, History], picture: Path) -> None:
     """Draw one run, or several over each other, as 1000 x 600 pixels."""
     from matplotlib.figure import Figure  # not pyplot: needs no display
 
+    taught = all(any("training/token_accuracy" in row for row in history) for history in runs.values())
+    panels = SFT_PANELS if taught else PANELS
     figure = Figure(figsize=(10, 6), dpi=100, layout="constrained")
-    for axes, (title, (top, curves)) in zip(figure.subplots(2, 3, sharex=True).flat, PANELS.items(), strict=True):
+    for axes, (title, (top, curves)) in zip(figure.subplots(2, 3, sharex=True).flat, panels.items(), strict=True):
         if len(runs) > 1:
             tag, what = next(iter(curves.items()))
             title, lines = f"{title} ({what})", [(name, tag, history) for name, history in runs.items()]

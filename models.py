@@ -114,6 +114,14 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]]) 
     return tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
+def count_tokens(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> list[tuple[int, int]]:
+    """Tokens of each row's `prompt`, with the header of the assistant's turn, and of its `completion`, with its end."""
+    prompts = encode(tokenizer, [row["prompt"] for row in rows])
+    whole = [row["prompt"] + row["completion"] for row in rows]
+    whole = tokenizer.apply_chat_template(whole, return_dict=True)["input_ids"]
+    return [(len(prompt), len(both) - len(prompt)) for prompt, both in zip(prompts, whole, strict=True)]
+
+
 def drop_long(questions: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int, at_least: int) -> Dataset:
     """The questions whose prompts have at most `limit` tokens (MAX_PROMPT_TOKENS).
 

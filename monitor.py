@@ -123,8 +123,9 @@ def not_finite(logs: dict) -> str | None:
     bad = [name for name in watched if name in logs and (logs[name] is None or not math.isfinite(logs[name]))]
     if not bad:
         return None
+    mend = ", or mend the reward," if "reward" in logs else ""
     return (
-        f"{', '.join(bad)} not finite: stopped, saving nothing. Lower LEARNING_RATE, or mend the reward, and continue "
+        f"{', '.join(bad)} not finite: stopped, saving nothing. Lower LEARNING_RATE{mend} and continue "
         "the last checkpoint with --resume"
     )
 
@@ -141,6 +142,7 @@ TAGS = {  # TRL's name of a figure -> the group and the name under which TensorB
     "grad_norm": "training/grad_norm",
     "learning_rate": "training/learning_rate",
     "entropy": "training/entropy",
+    "mean_token_accuracy": "training/token_accuracy",
     "kl": "training/kl",
     "clip_ratio/region_mean": "training/clipped",
     "epoch": "training/epoch",
@@ -178,9 +180,11 @@ def side_by_side(best: dict, worst: dict) -> str:
     return f"{question}<table><tr>{cells}</tr></table>"
 
 
-# ----------------------------------------------------------------------------------------------------- the callback
-class Monitor(TrainerCallback):
-    """Watches one run and writes what it sees to the console and to the run's folder.
+# ---------------------------------------------------------------------------------------------------- the callbacks
+class Watch(TrainerCallback):
+    """Watches one run and writes what it sees to the console and to the run's folder: what all kinds of runs share.
+
+    A kind of run is a subclass with `say_step(row)`, the figures of a step in words, and `speed()`, for results.json.
 
     Args:
         recipe: how often to look, at how many questions, and where to write.
@@ -199,28 +203,25 @@ class Monitor(TrainerCallback):
         order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
         self.held_out = sorted(order[: recipe.EVAL_QUESTIONS].tolist())
         self.history = history
-        self.raised: dict[Callable, int] = {}  # alarm -> the step at which it was raised last
         self.board: SummaryWriter | None = None  # the main process has one
-        begun = int(history[-1]["step"]) if history else 0
+        self.begun = int(history[-1]["step"]) if history else 0  # the step that this start goes on from
         if trainer.is_world_process_zero():
-            keep_samples_until(begun, self.output / "samples.jsonl")
             # purge_step hides what an interrupted run logged after the checkpoint that this one continues
-            self.board = SummaryWriter(self.output / "runs", purge_step=begun + 1)
+            self.board = SummaryWriter(self.output / "runs", purge_step=self.begun + 1)
             constants = "\n".join(f"{name} = {value!r}" for name, value in vars(recipe).items())
-            self.board.add_text("recipe", preformatted(constants), begun)
+            self.board.add_text("recipe", preformatted(constants), self.begun)
         self.seconds_before = history[-1].get("speed/train_seconds", 0.0) if history else 0.0
 
-    def print_header(self, dropped: int) -> None:
-        """One block that says what is about to happen; `dropped` counts the questions that were too long."""
-        recipe, trainer, train = self.recipe, self.trainer, len(self.trainer.train_dataset)
-        device, steps = trainer.accelerator.device, math.ceil(recipe.EPOCHS * (train // recipe.QUESTIONS_PER_STEP))
+    def print_plan(self, data: str, each_step: str, steps: int) -> None:
+        """One block that says what is about to happen."""
+        recipe, trainer = self.recipe, self.trainer
+        device = trainer.accelerator.device
         precision = describe_precision(device, torch.bfloat16 if trainer.args.bf16 else None, recipe.BF16)
         print(
             f"model      {recipe.MODEL} ({f'LoRA rank {recipe.LORA_RANK}' if recipe.USE_LORA else 'all weights'})",
-            f"data       {recipe.DATASET}: {train} training questions ({dropped} longer than "
-            f"{recipe.MAX_PROMPT_TOKENS} tokens dropped), {len(self.test)} test questions",
+            f"data       {data} {len(self.test)} test questions",
             f"device     {trainer.accelerator.num_processes} x {device_name(device)}, {precision}",
-            f"each step  {recipe.QUESTIONS_PER_STEP} questions x {recipe.COMPLETIONS_PER_QUESTION} completions",
+            f"each step  {each_step}",
             f"steps      {recipe.MAX_STEPS if recipe.MAX_STEPS > 0 else steps}",
             f"output     {recipe.OUTPUT_DIR}",
             sep="\n",
@@ -268,7 +269,7 @@ class Monitor(TrainerCallback):
 
     def on_log(self, args, state, control, logs, **kwargs) -> None:
         """Called at the end of a step, before its checkpoint is saved, with the same figures in every process."""
-        if "reward" not in logs:  # the closing totals
+        if "loss" not in logs:  # the closing totals
             return
         if trouble := not_finite(logs):
             if self.board:
@@ -285,30 +286,18 @@ class Monitor(TrainerCallback):
                 self.record_held_out(state.global_step, figures)
             control.should_save |= self.is_best(state.global_step, broadcast_object_list([figures])[0]["strict"])
         if self.board:
-            if state.global_step % self.recipe.SAMPLE_EVERY == 0 or state.global_step == 1:
-                self.show_samples(state.global_step)
-            self.raise_alarms(state.global_step)
+            self.show_more(state.global_step)
             self.board.flush()  # a killed run keeps its curves
 
     def measure(self, logs: dict) -> dict[str, float]:
-        """What TRL logged for this step and what it did not, under the names that TensorBoard shows."""
-        means = {f"rewards/{name}/mean": f"reward/{name}" for name in self.trainer.reward_func_names}
-        figures = {tag: logs[name] for name, tag in (TAGS | means).items() if logs.get(name) is not None}
-        batch = self.trainer._logs  # the last generation batch of all processes
-        earned = {name: fmean(value > 0 for value in values) for name, values in batch["rewards"].items()}
-        figures["correctness/correct"] = earned.pop("correctness_reward")
-        figures |= {f"format/{name.removesuffix('_reward')}": share for name, share in earned.items()}
-        figures["format/all"] = fmean(earned.values())
-        by_row, weights = zip(*batch["rewards"].values(), strict=True), self.recipe.REWARD_WEIGHTS
-        totals = [sum(map(mul, weights, rewards)) for rewards in by_row]
-        size = self.trainer.num_generations
-        groups = [totals[start : start + size] for start in range(0, len(totals), size)]
-        figures["reward/flat_groups"] = fmean(max(group) - min(group) < 1e-6 for group in groups)
-        figures["length/thinking"] = fmean(len(thinking(message["content"])) for [message] in batch["completion"])
+        """What TRL logged for this step, under the names that TensorBoard shows, and the time."""
+        figures = {tag: logs[name] for name, tag in TAGS.items() if logs.get(name) is not None}
         figures["speed/step_seconds"] = self.step_seconds
         figures["speed/train_seconds"] = self.seconds_before + time.perf_counter() - self.train_began
-        figures["speed/generated_tokens_per_second"] = self.rollout.tokens / max(self.rollout.seconds, 1e-9)
         return figures
+
+    def show_more(self, step: int) -> None:
+        """What else one kind of run has to show after a step."""
 
     def record(self, step: int, figures: dict[str, float]) -> None:
         """Add figures to the history, in memory and on disk."""
@@ -324,12 +313,7 @@ class Monitor(TrainerCallback):
         left = row["speed/train_seconds"] / row["step"] * (max_steps - row["step"])
         print(
             f"step {row['step']:>{len(str(max_steps))}}/{max_steps}"
-            f"  reward {row['reward/total']:.3f}"
-            f"  correct {row['correctness/correct']:4.0%}"
-            f"  format {row['format/soft_format']:4.0%}"
-            f"  length {row['length/mean']:4.0f}"
-            f"  cut off {row['length/cut_off']:4.0%}"
-            f"  no spread {row['reward/flat_groups']:4.0%}"
+            f"  {self.say_step(row)}"
             f"  {row['speed/step_seconds']:.1f} s"
             f"  left {timedelta(seconds=round(left))}",
             flush=True,
@@ -345,6 +329,89 @@ class Monitor(TrainerCallback):
             return False
         state.best_metric, state.best_global_step = strict, step
         return True
+
+    def results(self) -> dict:
+        """What the run cost and its best checkpoint, for results.json."""
+        state, steps = self.trainer.state, [row for row in self.history if "speed/step_seconds" in row]
+        return {
+            "steps": state.global_step,
+            "device": device_name(self.trainer.accelerator.device),
+            "best": {"step": state.best_global_step, "strict": state.best_metric},
+            "train_seconds": round(steps[-1]["speed/train_seconds"], 1) if steps else 0.0,
+            **self.speed(),
+            "step_seconds": round(median(row["speed/step_seconds"] for row in steps), 3) if steps else None,
+            "peak_memory_gb": round(peak_memory_gb(), 2),
+        }
+
+    def print_summary(self, results: dict) -> None:
+        """results.json, a line each."""
+        for name, value in results.items():
+            if name in ("before", "after"):
+                value = describe(value)
+            elif name == "probe":
+                before, after = (extract_answer(value[when]) or "no answer" for when in ("before", "after"))
+                value = f"{value['question']}: {before} before, {after} after"
+            elif name == "best" and value["step"]:
+                value = f"checkpoint-{value['step']}, strict {value['strict']:.1%} of the held-out sample"
+            print(f"{name + ':':<29}{value}")
+
+
+class Monitor(Watch):
+    """Watches a run of train_grpo.py: the rewards besides, samples and alarms."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.raised: dict[Callable, int] = {}  # alarm -> the step at which it was raised last
+        if self.board:
+            keep_samples_until(self.begun, self.output / "samples.jsonl")
+
+    def print_header(self, dropped: int) -> None:
+        """The plan of the run; `dropped` counts the questions that were too long."""
+        recipe, train = self.recipe, len(self.trainer.train_dataset)
+        self.print_plan(
+            f"{recipe.DATASET}: {train} training questions ({dropped} longer than {recipe.MAX_PROMPT_TOKENS} tokens "
+            "dropped),",
+            f"{recipe.QUESTIONS_PER_STEP} questions x {recipe.COMPLETIONS_PER_QUESTION} completions",
+            math.ceil(recipe.EPOCHS * (train // recipe.QUESTIONS_PER_STEP)),
+        )
+
+    def measure(self, logs: dict) -> dict[str, float]:
+        """What TRL logged for this step and what it did not."""
+        means = {f"rewards/{name}/mean": f"reward/{name}" for name in self.trainer.reward_func_names}
+        figures = super().measure(logs)
+        figures |= {tag: logs[name] for name, tag in means.items() if logs.get(name) is not None}
+        batch = self.trainer._logs  # the last generation batch of all processes
+        earned = {name: fmean(value > 0 for value in values) for name, values in batch["rewards"].items()}
+        figures["correctness/correct"] = earned.pop("correctness_reward")
+        figures |= {f"format/{name.removesuffix('_reward')}": share for name, share in earned.items()}
+        figures["format/all"] = fmean(earned.values())
+        by_row, weights = zip(*batch["rewards"].values(), strict=True), self.recipe.REWARD_WEIGHTS
+        totals = [sum(map(mul, weights, rewards)) for rewards in by_row]
+        size = self.trainer.num_generations
+        groups = [totals[start : start + size] for start in range(0, len(totals), size)]
+        figures["reward/flat_groups"] = fmean(max(group) - min(group) < 1e-6 for group in groups)
+        figures["length/thinking"] = fmean(len(thinking(message["content"])) for [message] in batch["completion"])
+        figures["speed/generated_tokens_per_second"] = self.rollout.tokens / max(self.rollout.seconds, 1e-9)
+        return figures
+
+    def say_step(self, row: dict[str, float]) -> str:
+        return (
+            f"reward {row['reward/total']:.3f}"
+            f"  correct {row['correctness/correct']:4.0%}"
+            f"  format {row['format/soft_format']:4.0%}"
+            f"  length {row['length/mean']:4.0f}"
+            f"  cut off {row['length/cut_off']:4.0%}"
+            f"  no spread {row['reward/flat_groups']:4.0%}"
+        )
+
+    def speed(self) -> dict:
+        tokens, seconds = self.rollout.tokens, self.rollout.seconds  # of vLLM's nothing is known
+        return {"generated_tokens_per_second": round(tokens / max(seconds, 1e-9))}
+
+    def show_more(self, step: int) -> None:
+        if step % self.recipe.SAMPLE_EVERY == 0 or step == 1:
+            self.show_samples(step)
+        self.raise_alarms(step)
 
     def show_samples(self, step: int) -> None:
         """Print the batch's first completion; keep the best and the worst of its first groups."""
@@ -389,30 +456,35 @@ class Monitor(TrainerCallback):
                 print(f"ALARM      {message}", flush=True)
                 self.board.add_text(f"alarm/{check.__name__}", preformatted(message), step)
 
-    def results(self) -> dict:
-        """What the run cost and its best checkpoint, for results.json."""
-        state, steps = self.trainer.state, [row for row in self.history if "speed/step_seconds" in row]
-        return {
-            "steps": state.global_step,
-            "device": device_name(self.trainer.accelerator.device),
-            "best": {"step": state.best_global_step, "strict": state.best_metric},
-            "train_seconds": round(steps[-1]["speed/train_seconds"], 1) if steps else 0.0,
-            "generated_tokens_per_second": round(self.rollout.tokens / max(self.rollout.seconds, 1e-9)),  # vLLM's: 0
-            "step_seconds": round(median(row["speed/step_seconds"] for row in steps), 3) if steps else None,
-            "peak_memory_gb": round(peak_memory_gb(), 2),
-        }
 
-    def print_summary(self, results: dict) -> None:
-        """results.json, a line each."""
-        for name, value in results.items():
-            if name in ("before", "after"):
-                value = describe(value)
-            elif name == "probe":
-                before, after = (extract_answer(value[when]) or "no answer" for when in ("before", "after"))
-                value = f"{value['question']}: {before} before, {after} after"
-            elif name == "best" and value["step"]:
-                value = f"checkpoint-{value['step']}, strict {value['strict']:.1%} of the held-out sample"
-            print(f"{name + ':':<29}{value}")
+class SftMonitor(Watch):
+    """Watches a run of train_sft.py."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.tokens = 0  # that this start has trained on, prompts included
+
+    def print_header(self, what: str) -> None:
+        """The plan of the run; `what` it learns, in words."""
+        recipe, rows = self.recipe, len(self.trainer.train_dataset)
+        steps = math.ceil(recipe.EPOCHS * math.ceil(rows / recipe.ROWS_PER_STEP))
+        self.print_plan(f"{what}; {recipe.DATASET}:", f"{recipe.ROWS_PER_STEP} rows", steps)
+
+    def measure(self, logs: dict) -> dict[str, float]:
+        """What TRL logged for this step, and the tokens trained on."""
+        new, self.tokens = logs["num_tokens"] - self.tokens, logs["num_tokens"]
+        return super().measure(logs) | {"speed/trained_tokens_per_second": new / self.step_seconds}
+
+    def say_step(self, row: dict[str, float]) -> str:
+        return (
+            f"loss {row['training/loss']:.4f}"
+            f"  tokens right {row['training/token_accuracy']:4.0%}"
+            f"  learning rate {row['training/learning_rate']:.1e}"
+        )
+
+    def speed(self) -> dict:
+        rows = [row["speed/trained_tokens_per_second"] for row in self.history if "speed/step_seconds" in row]
+        return {"trained_tokens_per_second": round(median(rows)) if rows else 0}
 
 
 def device_name(device: torch.device) -> str:

@@ -29,7 +29,8 @@ from console import first_line, note
 from models import encode
 
 if TYPE_CHECKING:  # chat and evaluation need not wait for it
-    from trl import GRPOConfig, GRPOTrainer
+    from transformers import Trainer, TrainingArguments
+    from trl import GRPOTrainer
 
 CHECK_EVERY = 4  # tokens between two looks at which rows have finished; a look makes a GPU wait some microseconds
 WARM_UP = 2  # steps before a capture: what is made on first use must be there
@@ -37,15 +38,15 @@ WARM_UP = 2  # steps before a capture: what is made on first use must be there
 TRIED = ("llama", "qwen2", "qwen3")  # the architectures that tests/test_rollout.py compares with model.generate
 
 
-def why_not(model: PreTrainedModel, args: GRPOConfig | None = None) -> str | None:
+def why_not(model: PreTrainedModel, args: TrainingArguments | None = None) -> str | None:
     """Why the loop below does not cover this model (and this training run, if `args` is given); None where it does."""
     if args is not None:
         neutral = {"top_k": (0, None), "top_p": (1.0,), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
         for name, values in neutral.items():
-            if getattr(args, name) not in values:
+            if getattr(args, name, values[0]) not in values:  # SFTConfig has none of these
                 return f"{name}={getattr(args, name)}"
         for name in ("generation_kwargs", "cache_implementation", "use_transformers_continuous_batching"):
-            if getattr(args, name):
+            if getattr(args, name, None):
                 return f"{name} is set"
     for adapter in getattr(model, "peft_config", {}).values():
         special = ("lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
@@ -501,7 +502,7 @@ def make_sampler(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     autocast: torch.dtype | None = None,
-    args: GRPOConfig | None = None,
+    args: TrainingArguments | None = None,
 ) -> Sampler | PlainSampler:
     """A Sampler where it covers the model (and the training run of `args`), else a PlainSampler and a note why."""
     reason = why_not(model, args)
@@ -511,7 +512,7 @@ def make_sampler(
 
 
 class Rollout:
-    """What GRPOTrainer calls for completions: `GRPOTrainer(rollout_func=Rollout())`.
+    """What GRPOTrainer calls for completions: `GRPOTrainer(rollout_func=Rollout())`. `sampler` fits any trainer.
 
     Args:
         fast: use the loop above where it covers the run; False leaves everything to `model.generate`.
@@ -524,13 +525,14 @@ class Rollout:
         self.tokens, self.seconds = 0, 0.0
         self._sampler: AnySampler | None = None
 
-    def sampler(self, trainer: GRPOTrainer) -> AnySampler:
+    def sampler(self, trainer: Trainer) -> AnySampler:
         """The sampler of this trainer's policy, made on first use; evaluation shares it, and with it its memory."""
         if self._sampler is None:
-            self._sampler = VllmSampler(trainer) if trainer.use_vllm else self._own_sampler(trainer)
+            use_vllm = getattr(trainer, "use_vllm", False)  # an SFTTrainer generates nothing
+            self._sampler = VllmSampler(trainer) if use_vllm else self._own_sampler(trainer)
         return self._sampler
 
-    def _own_sampler(self, trainer: GRPOTrainer) -> Sampler | PlainSampler:
+    def _own_sampler(self, trainer: Trainer) -> Sampler | PlainSampler:
         args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         model.to(trainer.accelerator.device)  # DeepSpeed does so no sooner than training starts
         autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None

@@ -23,13 +23,17 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Literal
 
 import demo
-from console import UserError, check_types, constants_of, is_a, refuse_missing_folder, run
+from console import UserError, check_ranges, check_types, constants_of, is_a, refuse_missing_folder, run
 from prompts import load_questions
 from rewards import REWARD_WEIGHTS, REWARDS
 
 if TYPE_CHECKING:  # imported where they are used: `--help` and the one-line errors need no seconds to start
+    import torch
+    from accelerate import PartialState
     from peft import LoraConfig
     from trl import GRPOConfig
+
+    from monitor import Watch
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # before any of these libraries is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warning about forks helps nobody here
@@ -96,22 +100,8 @@ def grpo_config(recipe: SimpleNamespace, on_cpu: bool, bf16: bool, accumulation:
     from trl import GRPOConfig
 
     config = GRPOConfig(
-        output_dir=recipe.OUTPUT_DIR,
-        seed=recipe.SEED,
-        use_cpu=on_cpu,
-        bf16=bf16,
-        per_device_train_batch_size=recipe.MICRO_BATCH,
-        gradient_accumulation_steps=accumulation,
-        activation_checkpointing=recipe.GRADIENT_CHECKPOINTING,
-        learning_rate=recipe.LORA_LEARNING_RATE if recipe.USE_LORA else recipe.LEARNING_RATE,
+        **common_arguments(recipe, on_cpu, bf16, accumulation),
         lr_scheduler_type="cosine",
-        warmup_steps=recipe.WARMUP_STEPS,
-        adam_beta1=recipe.ADAM_BETAS[0],
-        adam_beta2=recipe.ADAM_BETAS[1],
-        weight_decay=recipe.WEIGHT_DECAY,
-        max_grad_norm=recipe.MAX_GRAD_NORM,
-        num_train_epochs=recipe.EPOCHS,
-        max_steps=recipe.MAX_STEPS,
         num_generations=recipe.COMPLETIONS_PER_QUESTION,
         max_completion_length=recipe.MAX_COMPLETION_TOKENS,
         temperature=recipe.TEMPERATURE,
@@ -124,16 +114,37 @@ def grpo_config(recipe: SimpleNamespace, on_cpu: bool, bf16: bool, accumulation:
         use_vllm=recipe.USE_VLLM,
         vllm_mode="colocate",
         reward_weights=recipe.REWARD_WEIGHTS,
-        save_steps=recipe.SAVE_EVERY,
-        save_total_limit=recipe.SAVE_LIMIT,
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # a loss that is not finite has to be seen
-        ddp_find_unused_parameters=False,  # every parameter takes part in every step
-        report_to=recipe.REPORT_TO,  # TensorBoard's curves are the monitor's
-        disable_tqdm=True,  # so are the console's lines
     )
     config._n_gpu = min(config.n_gpu, 1)  # without a launcher: one GPU, not DataParallel, which TRL refuses
     return config
+
+
+def common_arguments(recipe: SimpleNamespace, on_cpu: bool, bf16: bool, accumulation: int) -> dict:
+    """Those of them that any of TRL's trainers takes; train_sft.py has the same constants for them."""
+    return {
+        "output_dir": recipe.OUTPUT_DIR,
+        "seed": recipe.SEED,
+        "use_cpu": on_cpu,
+        "bf16": bf16,
+        "per_device_train_batch_size": recipe.MICRO_BATCH,
+        "gradient_accumulation_steps": accumulation,
+        "activation_checkpointing": recipe.GRADIENT_CHECKPOINTING,
+        "learning_rate": recipe.LORA_LEARNING_RATE if recipe.USE_LORA else recipe.LEARNING_RATE,
+        "warmup_steps": recipe.WARMUP_STEPS,
+        "adam_beta1": recipe.ADAM_BETAS[0],
+        "adam_beta2": recipe.ADAM_BETAS[1],
+        "weight_decay": recipe.WEIGHT_DECAY,
+        "max_grad_norm": recipe.MAX_GRAD_NORM,
+        "num_train_epochs": recipe.EPOCHS,
+        "max_steps": recipe.MAX_STEPS,
+        "save_steps": recipe.SAVE_EVERY,
+        "save_total_limit": recipe.SAVE_LIMIT,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # a loss that is not finite has to be seen
+        "ddp_find_unused_parameters": False,  # every parameter takes part in every step
+        "report_to": recipe.REPORT_TO,  # TensorBoard's curves are the monitor's
+        "disable_tqdm": True,  # so are the console's lines
+    }
 
 
 def lora_config(recipe: SimpleNamespace) -> "LoraConfig":
@@ -168,16 +179,21 @@ def accumulation_steps(recipe: SimpleNamespace, processes: int) -> int:
 # --------------------------------------------------------------------------------------------------- how a run goes
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     """How this run goes; what the experiment is stands in the constants above."""
-    parser = argparse.ArgumentParser(description="GRPO on Chinese GSM8K", allow_abbrev=False)
+    return make_parser("GRPO on Chinese GSM8K", OUTPUT_DIR).parse_args(argv)
+
+
+def make_parser(description: str, output: str) -> argparse.ArgumentParser:
+    """The flags that train_sft.py has too; `output` is where it writes by default."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--model", help=f"hub id or folder (default: {MODEL})")
     parser.add_argument("--dataset", help=f"hub id or folder (default: {DATASET})")
-    parser.add_argument("--output", help=f"where this run writes (default: {OUTPUT_DIR}, the demo: {OUTPUT_DIR}/demo)")
+    parser.add_argument("--output", help=f"where this run writes (default: {output}, the demo: {OUTPUT_DIR}/demo)")
     parser.add_argument("--max-steps", type=int, help="stop after so many optimizer steps")
     parser.add_argument("--seed", type=int, help=f"another seed (default: {SEED})")
     parser.add_argument("--resume", action="store_true", help="continue the newest complete checkpoint in the output")
     parser.add_argument("--demo", action="store_true", help="a tiny model on made problems: minutes, any machine")
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU (very slow, except for the demo)")
-    return parser.parse_args(argv)
+    return parser
 
 
 def default_recipe() -> dict:
@@ -214,10 +230,7 @@ def check_constants(recipe: SimpleNamespace) -> None:
         "LORA_DROPOUT": ("from 0, below 1", 0 <= recipe.LORA_DROPOUT < 1),
         "REWARD_WEIGHTS": ("a number of 0 or more for each reward", weights_fit),
     }
-    for name, value in vars(recipe).items():
-        words, holds = ranges.get(name, ("above 0", type(value) not in (int, float) or value > 0))
-        if not holds:
-            raise UserError(f"{name} = {value!r} is not {words}; mend it in train_grpo.py, or by its flag")
+    check_ranges(vars(recipe), ranges, "train_grpo.py")
     if recipe.USE_VLLM and importlib.util.find_spec("vllm") is None:
         raise UserError("USE_VLLM = True needs vLLM: pip install vllm==0.30.0, or set it to False")
     if recipe.REPORT_TO != "none":
@@ -230,12 +243,38 @@ def check_constants(recipe: SimpleNamespace) -> None:
             )
 
 
+def check_folders(flags: argparse.Namespace, recipe: SimpleNamespace) -> None:
+    """Raises UserError for a model's or a data set's folder that is not there."""
+    for name, given in (("MODEL", flags.model), ("DATASET", flags.dataset)):
+        if given or not flags.demo:  # the demo makes its own
+            refuse_missing_folder(getattr(recipe, name), f"{name} (--{name.lower()})")
+
+
 # What to say when a GPU's memory is full, the cheapest first
 OUT_OF_MEMORY = (
     "out of GPU memory; lower MICRO_BATCH (the step stays the same), lower EVAL_BATCH, set GRADIENT_CHECKPOINTING = "
     "True, set BETA = 0.0, lower MAX_COMPLETION_TOKENS, lower QUESTIONS_PER_STEP, all of which --resume allows; or "
     "set USE_LORA = True in a new run"
 )
+
+
+def take_machine(flags: argparse.Namespace, bf16: bool) -> "tuple[PartialState, torch.dtype | None]":
+    """The processes and their devices, and the dtype of autocast there. Raises UserError without a GPU."""
+    import torch
+    from accelerate import PartialState
+
+    from models import pick_device
+
+    device, autocast = pick_device(flags.cpu, bf16)
+    on_cpu = device.type == "cpu"
+    if on_cpu and not (flags.demo or flags.cpu):
+        raise UserError(
+            "no CUDA GPU found (no driver, or a torch built without CUDA?); "
+            "--demo trains a tiny model on any machine, --cpu trains this one, very slowly"
+        )
+    if on_cpu and flags.demo:
+        torch.set_num_threads(min(torch.get_num_threads(), 2))  # a tiny model has work for two; more only wait
+    return PartialState(cpu=on_cpu, timeout=timedelta(minutes=30)), autocast  # others wait while one evaluates
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -245,31 +284,18 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- what can be refused is refused before anything is loaded, written or deleted
     check_constants(recipe)
-    for name, given in (("MODEL", flags.model), ("DATASET", flags.dataset)):
-        if given or not flags.demo:  # the demo makes its own
-            refuse_missing_folder(getattr(recipe, name), f"{name} (--{name.lower()})")
+    check_folders(flags, recipe)
 
-    import torch
-    from accelerate import PartialState
     from transformers import PrinterCallback
 
     import checkpoints
-    from draw_curves import draw_curves, read_history
-    from models import drop_long, load_model, pick_device
+    from draw_curves import read_history
+    from models import drop_long, load_model
     from monitor import Monitor
     from rollout import Rollout
     from trainer import CarefulTrainer
 
-    device, autocast = pick_device(flags.cpu, recipe.BF16)
-    on_cpu = device.type == "cpu"
-    if on_cpu and not (flags.demo or flags.cpu):
-        raise UserError(
-            "no CUDA GPU found (no driver, or a torch built without CUDA?); "
-            "--demo trains a tiny model on any machine, --cpu trains this one, very slowly"
-        )
-    if on_cpu and flags.demo:
-        torch.set_num_threads(min(torch.get_num_threads(), 2))  # a tiny model has work for two; more only wait
-    state = PartialState(cpu=on_cpu, timeout=timedelta(minutes=30))  # others wait while one evaluates
+    state, autocast = take_machine(flags, recipe.BF16)
     accumulation = accumulation_steps(recipe, state.num_processes)
     with state.main_process_first():
         checkpoint = checkpoints.find(output, recipe, flags.resume)
@@ -284,7 +310,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer = CarefulTrainer(
         model=model,
         reward_funcs=REWARDS,
-        args=grpo_config(recipe, on_cpu, autocast is not None, accumulation),
+        args=grpo_config(recipe, state.device.type == "cpu", autocast is not None, accumulation),
         train_dataset=fitting,
         processing_class=tokenizer,
         peft_config=lora_config(recipe) if recipe.USE_LORA else None,
@@ -293,14 +319,34 @@ def main(argv: list[str] | None = None) -> None:
     trainer.remove_callback(PrinterCallback)  # it would print thirty keys a step
     checkpoints.check_disk(output, trainer.model, recipe.SAVE_LIMIT)
 
-    # ---- before
+    # ---- before, train, save, after
     results = checkpoints.begin(output, recipe, checkpoint) if state.is_main_process else {}
     history = read_history(output, until=checkpoints.step_of(checkpoint)) if checkpoint else []
     monitor = Monitor(recipe, trainer, rollout, test, history)
+    if state.is_main_process:
+        monitor.print_header(dropped=len(train) - len(fitting))
+    carry_out(monitor, results, checkpoint, OUT_OF_MEMORY)
+
+
+def carry_out(monitor: "Watch", results: dict, checkpoint: Path | None, out_of_memory: str) -> None:
+    """Accuracy before, the training, accuracy after; however it ends, the curves are drawn.
+
+    Args:
+        monitor: watches the run, and knows its trainer and its folder.
+        results: what an earlier start of this run has found out.
+        checkpoint: what the run continues; None for a new one.
+        out_of_memory: what to say when a GPU's memory is full.
+    """
+    import torch
+
+    import checkpoints
+    from draw_curves import draw_curves
+
+    recipe, trainer, output = monitor.recipe, monitor.trainer, monitor.output
+    main_process = trainer.is_world_process_zero()
     trainer.add_callback(monitor)
     try:
-        if state.is_main_process:
-            monitor.print_header(dropped=len(train) - len(fitting))
+        if main_process:
             if "before" not in results:
                 before, text = monitor.examine("before", step=0)
                 results = {"model": recipe.MODEL, "dataset": recipe.DATASET, "seed": recipe.SEED, "before": before}
@@ -315,17 +361,17 @@ def main(argv: list[str] | None = None) -> None:
 
         # ---- save, after
         checkpoints.save_trained(trainer, output)
-        if state.is_main_process:
+        if main_process:
             results["after"], results["probe"]["after"] = monitor.examine("after", trainer.state.global_step)
             results |= monitor.results() | {"finished": True}
             checkpoints.write_json(output / "results.json", results)
             monitor.print_summary(results)
     except torch.OutOfMemoryError as error:
-        if not state.is_local_main_process:  # maybe alone in this, and `run` lets only the first process speak
-            print(f"error: {OUT_OF_MEMORY}", file=sys.stderr, flush=True)
-        raise UserError(OUT_OF_MEMORY) from error
+        if not trainer.is_local_process_zero():  # maybe alone in this, and `run` lets only the first process speak
+            print(f"error: {out_of_memory}", file=sys.stderr, flush=True)
+        raise UserError(out_of_memory) from error
     finally:
-        if state.is_main_process and monitor.history:
+        if main_process and monitor.history:
             draw_curves({output.name: monitor.history}, output / "curves.png")
 
 
