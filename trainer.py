@@ -62,9 +62,9 @@ class WholeCheckpoints:
     def create_model_card(self, *args, **kwargs) -> None:
         super().create_model_card(*args, **kwargs)
         card, source = Path(self.args.output_dir, "README.md"), self.model.config._name_or_path
-        if self.args.should_save:  # TRL knows no name for a model that came from a folder
-            text = card.read_text(encoding="utf-8")
-            card.write_text(text.replace("[None](https://huggingface.co/None)", f"`{source}`"), encoding="utf-8")
+        if self.args.should_save:  # TRL knows no name for a model from a folder, nor for one that stays in a folder
+            text = card.read_text(encoding="utf-8").replace("[None](https://huggingface.co/None)", f"`{source}`")
+            card.write_text(text.replace('model="None"', f'model="{self.args.output_dir}"'), encoding="utf-8")
 
     def _write(self, folder: Path) -> None:
         """Everything that resuming needs; each process writes its random state, the main one the rest."""
