@@ -46,7 +46,7 @@ ROWS_PER_STEP: int = 16  # a few hundred traces still make some dozens of steps
 MICRO_BATCH: int = 8  # rows per forward and GPU; halve it if out of memory, the step stays the same
 LEARNING_RATE: float = 1e-5  # peak; gentle, for an instruct model on traces of its own. More makes it forget
 FINAL_RATE: float = 0.1  # of the peak, 0 to 1, where the cosine ends
-WARMUP_STEPS: float = 0  # so small a rate needs none, and its first step teaches nothing; below 1: a share of all
+WARMUP_STEPS: float = 0  # over which the rate rises from 0, below 1 a share of all; so small a rate needs none
 EPOCHS: float = 2.0  # passes over the rows; 2 or 3, more only learns the traces by heart
 MAX_STEPS: int = -1  # optimizer steps, -1: all of EPOCHS; --max-steps
 

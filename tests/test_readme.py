@@ -49,11 +49,12 @@ def test_command_exists(command, help_of):
 
 
 def test_constants_exist():
-    """A constant that the README names in capitals is one of train_grpo.py's, prompts.py's or rewards.py's."""
+    """A constant that the README names in capitals is one of a training script's, prompts.py's or rewards.py's."""
     import prompts
     import rewards
+    import train_sft
 
-    known = {name for module in (train_grpo, prompts, rewards) for name in vars(module) if name.isupper()}
+    known = {name for module in (train_grpo, train_sft, prompts, rewards) for name in vars(module) if name.isupper()}
     named = set(re.findall(r"`([A-Z][A-Z]+_[A-Z_]+)\b", README))
     environment = {"HF_ENDPOINT", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"}
     assert named <= known | environment, named - known - environment
