@@ -343,7 +343,7 @@ def test_kill_at_any_moment_of_a_save(trainer, tmp_path):
     begun = time.perf_counter()
     save(trainer, 2)
     seconds = time.perf_counter() - begun
-    rng, cut_short, torn = random.Random(0), 0, 0
+    rng, cut_short, torn = random.Random(0), 0, set()
     for step in range(3, 15):
         child = os.fork()
         if child == 0:
@@ -355,8 +355,8 @@ def test_kill_at_any_moment_of_a_save(trainer, tmp_path):
         there = checkpoints.list_checkpoints(tmp_path)
         faults = [checkpoints.find_fault(path) for path in there]
         assert faults[-1] is None and len(there) >= 2  # only an old one may be damaged, by its own deletion
-        torn += sum(fault is not None for fault in faults)
-    assert cut_short >= 3 and torn <= 1
+        torn |= {path.name for path, fault in zip(there, faults, strict=True) if fault}
+    assert cut_short >= 3 and len(torn) <= 2  # of the twelve, those whose deletion a kill met
     newest, recipe = checkpoints.newest_checkpoint(tmp_path), SimpleNamespace(OUTPUT_DIR=str(tmp_path))
     checkpoints.save_recipe(tmp_path, recipe)
     checkpoints.begin(tmp_path, recipe, newest)  # as --resume does

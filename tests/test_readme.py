@@ -8,7 +8,8 @@ from conftest import ROOT, run_script
 
 import train_grpo
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+README = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 BLOCKS = re.findall(r"^```(?:bash|sh)\n(.*?)^```", README, flags=re.M | re.S)
 COMMANDS = sorted({line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if ".py" in line})
 
