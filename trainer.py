@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,9 +20,21 @@ from trl import GRPOTrainer, SFTTrainer
 from checkpoints import attempt, checkpoint_bytes, list_checkpoints, publish
 from console import UserError
 
-# On CUDA TRL's LM head projects the labelled positions only; elsewhere all, prompts and padding included, because some
-# devices compile for every new shape. A CPU does not, and at a vocabulary of 150,000 the head is 40 % of its work.
-trl.trainer.utils._use_triton = lambda device: True
+
+@contextmanager
+def labelled_positions_only() -> Iterator[None]:
+    """Within it TRL's LM head projects the labelled positions only, as it does on CUDA anyway.
+
+    Elsewhere it projects all, prompts and padding included, because some devices compile for every new shape. A CPU
+    does not, and at a vocabulary of 150,000 the head is 40 % of its work. Left at once, so that nobody else's training
+    (the demo's base) rounds another way.
+    """
+    every_position = trl.trainer.utils._use_triton
+    trl.trainer.utils._use_triton = lambda device: True
+    try:
+        yield
+    finally:
+        trl.trainer.utils._use_triton = every_position
 
 
 class WholeCheckpoints:
@@ -143,7 +157,7 @@ class CarefulTrainer(WholeCheckpoints, GRPOTrainer):
             columns = start[rows, None] + torch.arange(width, device=input_ids.device)
             ids = input_ids[rows].gather(1, columns.clamp(max=input_ids.size(1) - 1))
             here = (columns >= prompt_columns) & (columns < (start + length)[rows, None])  # completion tokens
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), labelled_positions_only():
                 outputs = model(input_ids=ids, labels=ids.masked_fill(~here, -100), fused_lm_head=True)
             row, column = scored[rows].nonzero(as_tuple=True)  # in the order of here.nonzero()
             # outputs are [chunk, width - 1], for the tokens from the second one on

@@ -33,19 +33,16 @@ import qwen
 import torch
 import transformers
 import trl
-import trl.trainer.utils
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-from trl.kernels.chunked_logprob import _use_triton as every_position
 
 import demo
 from rollout import PlainSampler, Rollout, Sampler
 from trainer import CarefulTrainer
 
 CUDA = torch.cuda.is_available()
-labelled_only = trl.trainer.utils._use_triton  # as trainer.py sets it, for the whole process
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 LOW = torch.bfloat16 if CUDA else None  # the precision of evaluation
 if CUDA:
@@ -183,7 +180,6 @@ def run(
     """Train `steps` steps; seconds of each (`step`), of its generation (`gen`), and the peak memory in GB."""
     prompts = draw_prompts(256, *prompt_tokens)
     rows = [{"prompt": [{"role": "user", "content": " ".join(f"w{i}" for i in ids)}]} for ids in prompts]
-    trl.trainer.utils._use_triton = labelled_only if fast else every_position  # a plain TRL must stay one
     config = GRPOConfig(
         tempfile.gettempdir(),  # nothing is written
         use_cpu=not CUDA,

@@ -47,7 +47,6 @@ from trainer import CarefulTrainer
 
 GROUP, MICRO, LONGEST = 2, 16, 512
 CUDA = torch.cuda.is_available()
-labelled_only = trl.trainer.utils._use_triton  # as trainer.py sets it: the LM head projects labelled positions only
 
 
 class Trimmed(CarefulTrainer):
@@ -63,13 +62,18 @@ class Sorted(CarefulTrainer):
         return torch.ones_like(inputs["advantages"], dtype=torch.bool)
 
 
+def labelled_only(device: torch.device) -> bool:
+    """For TRL's LM head: project the labelled positions only. Our trainer sees to that by itself."""
+    return True
+
+
 VARIANTS = {  # -> trainer, which positions the LM head projects, share of flat groups: without any, nothing is skipped
     "TRL": (GRPOTrainer, _use_triton, 0.0),
     "TRL, LM head on labelled positions": (GRPOTrainer, labelled_only, 0.0),
-    "trimmed": (Trimmed, labelled_only, 0.0),
-    "trimmed, sorted": (Sorted, labelled_only, 0.0),
-    "trimmed, sorted, skipped; 40 % of groups flat": (CarefulTrainer, labelled_only, 0.4),
-    "trimmed, sorted, skipped; 70 % of groups flat": (CarefulTrainer, labelled_only, 0.7),
+    "trimmed": (Trimmed, _use_triton, 0.0),
+    "trimmed, sorted": (Sorted, _use_triton, 0.0),
+    "trimmed, sorted, skipped; 40 % of groups flat": (CarefulTrainer, _use_triton, 0.4),
+    "trimmed, sorted, skipped; 70 % of groups flat": (CarefulTrainer, _use_triton, 0.7),
 }
 
 
@@ -162,7 +166,7 @@ def run(variant: str, flags: argparse.Namespace, record: profile | nullcontext |
     try:
         trainer.train()
     finally:
-        trl.trainer.utils._ChunkedLogProbFunction, trl.trainer.utils._use_triton = original, labelled_only
+        trl.trainer.utils._ChunkedLogProbFunction, trl.trainer.utils._use_triton = original, _use_triton
     if variant in ("trimmed", "trimmed, sorted"):
         assert sum(head) == sum(map(len, batch["completion_ids"])), "not every completion token was scored, or others"
     del trainer, model
