@@ -22,7 +22,7 @@ from test_rollout import EOS, make_model, make_tokenizer
 from transformers import Qwen2ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from trainer import CarefulTrainer
+from trainer import CarefulTrainer, labelled_positions_only
 
 GROUP, LONGEST = 4, 24
 
@@ -279,3 +279,13 @@ def test_two_ranks_one_flat(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run([*command, script, tmp_path], env=environment, check=True, timeout=120)
     assert (tmp_path / "done0").exists() and (tmp_path / "done1").exists()
+
+
+def test_no_other_training_is_changed():
+    """TRL's LM head is switched over within our forward only: whoever trains besides us, rounds as before."""
+    from trl.kernels.chunked_logprob import _use_triton
+
+    cpu = torch.device("cpu")
+    with labelled_positions_only():
+        assert trl.trainer.utils._use_triton(cpu)
+    assert trl.trainer.utils._use_triton is _use_triton and not _use_triton(cpu)
