@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -309,6 +310,21 @@ def publish(temporary: Path, final: Path) -> None:
     temporary.rename(final)
     _sync(final.parent)
     _delete([old])
+
+
+def rotate(output: Path, limit: int, best_step: int | None) -> None:
+    """Keep `limit` checkpoints: the newest one and the best one always, then the next newest.
+
+    transformers' rotate_checkpoints keeps the same ones, but deletes in place: a kill half-way leaves a damaged one.
+    """
+    steps = [step_of(path) for path in reversed(list_checkpoints(output))]
+    keep = {steps[0], best_step} & set(steps)
+    keep |= set([step for step in steps if step not in keep][: max(limit - len(keep), 0)])
+    for step in set(steps) - keep:
+        with suppress(OSError):  # it stays, and the next save tries again
+            doomed = output / f".tmp-old-checkpoint-{step}"
+            (output / f"checkpoint-{step}").rename(doomed)
+            shutil.rmtree(doomed)
 
 
 class StopSignals(TrainerCallback):

@@ -14,10 +14,9 @@ from accelerate.utils import DistributedType, gather_object
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOTrainer, SFTTrainer
 
-from checkpoints import attempt, checkpoint_bytes, list_checkpoints, publish
+from checkpoints import attempt, checkpoint_bytes, list_checkpoints, publish, rotate
 from console import UserError
 
 
@@ -66,8 +65,7 @@ class WholeCheckpoints:
             return
         fault = faults[0] if faults else attempt(publish, temporary, final)
         if fault is None:
-            best = self.state.best_global_step and str(output / f"checkpoint-{self.state.best_global_step}")
-            rotate_checkpoints(str(output), self.args.save_total_limit, best)  # a kill in it damages old ones only
+            rotate(output, self.args.save_total_limit, self.state.best_global_step)
         else:
             shutil.rmtree(temporary, ignore_errors=True)
             kept = ", ".join(path.name for path in list_checkpoints(output)) or "none"
