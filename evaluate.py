@@ -3,6 +3,7 @@
 python evaluate.py output                        # what train_grpo.py saved
 python evaluate.py output/checkpoint-200         # a checkpoint, or an adapter folder
 python evaluate.py Qwen/Qwen2.5-0.5B-Instruct    # the model before training
+python evaluate.py output --samples 4            # besides, four answers a question at temperature 1: pass@1 and pass@4
 """
 
 import argparse
@@ -10,7 +11,7 @@ import json
 from pathlib import Path
 
 import train_grpo
-from accuracy import describe, evaluate
+from accuracy import describe, describe_samples, evaluate, evaluate_samples
 from console import UserError, run
 from models import find_beside, load_model, pick_device
 from prompts import load_questions
@@ -22,11 +23,16 @@ def main() -> None:
     parser.add_argument("--dataset", help="hub id or folder (default: what the model was trained on)")
     parser.add_argument("--split", default="test")
     parser.add_argument("--limit", type=int, help="the first so many questions only")
+    parser.add_argument("--samples", type=int, default=0, help="besides, so many answers a question at temperature 1")
     parser.add_argument("--output", help="folder for eval.json and eval.jsonl (default: the model's)")
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU")
     flags = parser.parse_args()
     if flags.limit is not None and flags.limit < 1:
         raise UserError(f"--limit {flags.limit}: at least 1 question is needed")
+    if flags.samples < 0:
+        raise UserError(f"--samples {flags.samples}: 0 or more answers a question")
+
+    import torch
 
     from rollout import make_sampler
 
@@ -37,9 +43,17 @@ def main() -> None:
     questions = questions.select(range(min(flags.limit or len(questions), len(questions))))
     device, autocast = pick_device(flags.cpu, recipe["BF16"])
     sampler = make_sampler(model.to(device).eval(), tokenizer, autocast)
-    figures, rows = evaluate(
-        sampler, tokenizer, questions, recipe["MAX_COMPLETION_TOKENS"], recipe["EVAL_BATCH"], title="evaluating"
-    )
+    how = (sampler, tokenizer, questions, recipe["MAX_COMPLETION_TOKENS"], recipe["EVAL_BATCH"])
+    figures, rows = evaluate(*how, title="evaluating")
+    print(f"model      {flags.model}")
+    print(f"data       {dataset}, split {flags.split}")
+    print(f"accuracy   {describe(figures)}", flush=True)
+    if flags.samples:
+        torch.manual_seed(recipe["SEED"])
+        more, drawn = evaluate_samples(*how, flags.samples, title="sampling")
+        figures |= more
+        rows = [row | {"samples": answers} for row, answers in zip(rows, drawn, strict=True)]
+        print(f"sampled    {describe_samples(figures)}")
 
     folder = Path(flags.output or flags.model)
     if not flags.output and not folder.is_dir():  # a hub id
@@ -48,9 +62,6 @@ def main() -> None:
     (folder / "eval.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     (folder / "eval.jsonl").write_text("".join(lines), encoding="utf-8")
-    print(f"model      {flags.model}")
-    print(f"data       {dataset}, split {flags.split}")
-    print(f"accuracy   {describe(figures)}")
     print(f"written    {folder / 'eval.json'}, {folder / 'eval.jsonl'}")
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 from conftest import error_line, run_script
 
-from accuracy import evaluate, grade, interval, summarize
+from accuracy import evaluate, evaluate_samples, grade, interval, summarize, summarize_samples
 from prompts import to_conversation
 
 
@@ -44,10 +44,11 @@ class Parrot:
     eos = [0]
 
     def __init__(self, answers):
-        self.answers, self.batches = answers, []
+        self.answers, self.batches, self.temperatures = answers, [], []
 
     def generate(self, prompt_ids, max_new_tokens, temperature=0.0, on_finished=None):
         on_finished(len(prompt_ids))
+        self.temperatures.append(temperature)
         self.batches.append([len(ids) for ids in prompt_ids])
         return [self.answers[len(ids)] for ids in prompt_ids]
 
@@ -79,6 +80,29 @@ def test_evaluate_counts():
     assert summarize(rows[:2])["strict"] == 0.5 and summarize(rows[:1])["strict"] == 1.0  # of any part of them
 
 
+def test_samples_count():
+    """mean is the accuracy of one answer, pass the share of questions with a right one, and both have intervals."""
+    right, wrong = {"strict": True}, {"strict": False}
+    figures = summarize_samples([[right, wrong], [wrong, wrong], [right, right], [wrong, wrong]])
+    assert (figures["samples"], figures["mean"], figures["pass"]) == (2, 0.375, 0.5)
+    assert figures["pass_ci95"] == interval(0.5, 4)
+    # over questions: their shares 0.5, 0, 1, 0 have a standard deviation of 0.4787; 8 answers alone would give 0.34
+    low, high = figures["mean_ci95"]
+    assert low == 0.0 and high == pytest.approx(0.375 + 1.96 * 0.4787 / 2, abs=1e-3)
+    assert summarize_samples([[wrong, wrong]] * 9)["mean_ci95"] == interval(0.0, 9)  # none right is not certainly none
+
+
+def test_samples_are_drawn_for_each_question():
+    """At temperature 1, as many for each question, in the order of the questions."""
+    codes = {text: [*map(ord, text), 0] for text in ("<answer>7</answer>", "<answer>8</answer>")}
+    sampler = Parrot({3: codes["<answer>7</answer>"], 1: codes["<answer>8</answer>"]})
+    questions = {"prompt": [to_conversation("b"), to_conversation("aaa")], "answer": [7, 7]}
+    figures, drawn = evaluate_samples(sampler, Letters(), questions, 64, batch_size=4, samples=3)
+    assert sampler.temperatures == [1.0, 1.0] and sampler.batches == [[3, 3, 3, 1], [1, 1]]
+    assert [[row["question"] for row in rows] for rows in drawn] == [["b"] * 3, ["aaa"] * 3]
+    assert (figures["mean"], figures["pass"]) == (0.5, 0.5)
+
+
 def test_evaluate_script(demo_base, tmp_path):
     """The command writes both files, limits itself, takes another folder and prints the interval."""
     done = run_script(
@@ -90,6 +114,23 @@ def test_evaluate_script(demo_base, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text(encoding="utf-8").splitlines()]
     names = ["question", "completion", "label", "strict", "flexible", "format", "tokens", "truncated"]
     assert [list(row) for row in rows] == [names] * 6
+
+
+def test_evaluate_script_samples(demo_base, tmp_path):
+    """--samples draws besides the greedy answers: the same of those, the new figures, every answer; and repeats."""
+    args = ["evaluate.py", demo_base / "model", "--dataset", demo_base / "data", "--limit", 6, "--output", tmp_path]
+    run_script(*args)
+    greedy = json.loads((tmp_path / "eval.json").read_text())
+    done = run_script(*args, "--samples", 3)
+    figures = json.loads((tmp_path / "eval.json").read_text())
+    assert {name: figures[name] for name in greedy} == greedy
+    assert [*figures][len(greedy) :] == ["samples", "mean", "pass", "mean_ci95", "pass_ci95"]
+    assert 0 <= figures["mean"] <= figures["pass"] <= 1 and "any of 3" in done.stdout
+    rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text(encoding="utf-8").splitlines()]
+    answers = [[answer["completion"] for answer in row["samples"]] for row in rows]
+    assert [len(each) for each in answers] == [3] * 6 and any(len(set(each)) > 1 for each in answers)
+    assert run_script(*args, "--samples", 3).stdout == done.stdout
+    assert "--samples" in error_line(run_script(*args, "--samples", -1, expect=2))
 
 
 def test_chat_script(demo_base):
