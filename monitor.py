@@ -48,6 +48,8 @@ CUT_OFF = 0.2  # of the completions reach MAX_COMPLETION_TOKENS
 FLAT_GROUPS = 0.8  # of the groups have no spread of rewards, and so teach nothing
 SHORTER_THINKING = 0.5  # of its length at the start
 LOWER_ENTROPY = 0.1  # of its value at the start
+SUDDEN = 5  # steps in which a model can fall from reasoning to guessing, ...
+FORMAT_JUMP = 0.3  # ... while so many more of the completions come to be in the format
 
 
 def rolling(history: History, tag: str) -> list[float]:
@@ -103,6 +105,25 @@ def thinking_shrinks(history: History) -> str | None:
     )
 
 
+def guesses_instead(history: History) -> str | None:
+    """Within SUDDEN steps the format is learned and the thinking halves. Seen on a real model that reasoned outside the
+    format; the means over WINDOW steps never show it, since the first of them is already low."""
+    rows = [row for row in history if {"length/thinking", "format/soft_format"} <= row.keys()][-SUDDEN:]
+    if len(rows) < SUDDEN:
+        return None
+    form, length = (
+        [fmean(row[tag] for row in part) for part in (rows[:2], rows[-2:])]
+        for tag in ("format/soft_format", "length/thinking")
+    )
+    if form[1] < form[0] + FORMAT_JUMP or length[1] >= SHORTER_THINKING * length[0]:
+        return None
+    return (
+        f"within {SUDDEN} steps the format rose from {form[0]:.0%} to {form[1]:.0%} and thinking fell from "
+        f"{length[0]:.0f} to {length[1]:.0f} characters: it learns to guess in the format. Stop, and begin with a cold "
+        "start (make_traces.py --free, train_sft.py), which brings the model's own reasoning into the format"
+    )
+
+
 def entropy_collapsed(history: History) -> str | None:
     """Where sampling always gives the same completion there is nothing to compare and nothing left to find."""
     entropy = rolling(history, "training/entropy")
@@ -114,7 +135,14 @@ def entropy_collapsed(history: History) -> str | None:
     )
 
 
-ALARMS = [format_without_correctness, too_many_cut_off, too_many_flat_groups, thinking_shrinks, entropy_collapsed]
+ALARMS = [
+    format_without_correctness,
+    too_many_cut_off,
+    too_many_flat_groups,
+    thinking_shrinks,
+    guesses_instead,
+    entropy_collapsed,
+]
 
 
 def not_finite(logs: dict) -> str | None:
