@@ -17,7 +17,7 @@ from models import find_beside, load_model, pick_device
 from prompts import load_questions
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="accuracy on held-out questions", allow_abbrev=False)
     parser.add_argument("model", help="hub id, saved model, checkpoint or adapter folder")
     parser.add_argument("--dataset", help="hub id or folder (default: what the model was trained on)")
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=0, help="besides, so many answers a question at temperature 1")
     parser.add_argument("--output", help="folder for eval.json and eval.jsonl (default: the model's)")
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU")
-    flags = parser.parse_args()
+    flags = parser.parse_args(argv)
     if flags.limit is not None and flags.limit < 1:
         raise UserError(f"--limit {flags.limit}: at least 1 question is needed")
     if flags.samples < 0:

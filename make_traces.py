@@ -116,7 +116,8 @@ def fault_of(thinking: str, question: str, label: int) -> str | None:
     if chinese_share(thinking, question) < MIN_CHINESE:
         return "mixed languages"
     results = [find_numbers(part)[:1] for part in thinking.split("=")[1:]]  # a guess falls from the sky instead
-    if [label] not in results and find_numbers(thinking).count(label) < 2:
+    said = find_numbers(thinking).count(label) - find_numbers(question).count(label)  # the question's own are no result
+    if [label] not in results and said < 2:
         return "not computed"
     trace = [[{"role": "assistant", "content": to_trace(thinking, label)}]]
     if not (hard_format_reward(trace)[0] and correctness_reward(trace, [label])[0]):

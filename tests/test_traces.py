@@ -75,6 +75,13 @@ def test_fault(thinking, fault):
     assert fault_of(thinking, QUESTION, 72) == fault
 
 
+def test_a_number_of_the_question_is_no_result():
+    """A label that the question names itself counts only where the thinking comes to it, not where it is repeated."""
+    question = "书包95元，铲雪一次7元，又花了5元，要铲几次？"
+    assert fault_of("我们知道书包要95元，他又花了5元，所以一共要铲5次雪，答案就在这里。", question, 5) == "not computed"
+    assert fault_of("我们知道铲雪一次是7元，一共要赚35元，那么需要铲雪的次数是 35 / 7 = 5 次。", question, 5) is None
+
+
 def test_judge():
     """Every sample has its verdict, traces stand in the order drawn, and each earns every reward."""
     forms = [f"{STEPS}\n验算：{n} + 24 - {n} = 24。\n{END}" for n in range(make_traces.KEEP + 1)]
