@@ -1,0 +1,195 @@
+"""Does GRPO teach a real model? Arms of a few dozen steps from the same weights, on a GPU or, in hours, on a CPU.
+
+    python studies/real_model.py MODEL DATA --cold output/sft --mgsm FOLDER
+    python studies/real_model.py MODEL DATA --arms tutorial --steps 2 --questions 8    # a try
+
+MODEL and DATA are what `train_grpo.py --model --dataset` takes; --cold is what train_sft.py made of MODEL. Every arm is
+train_grpo.main() under RECIPE. The model before and after it answers the same sample of test questions, greedily and
+with SAMPLES answers at temperature 1, and those of MGSM. Stopped at any time, the same command goes on.
+"""
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from study_rewards import EQUAL, TUTORIAL  # noqa: E402
+
+import evaluate  # noqa: E402
+import prompts  # noqa: E402
+import train_grpo  # noqa: E402
+from console import UserError, run  # noqa: E402
+from draw_curves import draw_curve, read_history  # noqa: E402
+
+RECIPE = {  # a step takes two cores about three minutes
+    "QUESTIONS_PER_STEP": 4,
+    "COMPLETIONS_PER_QUESTION": 8,
+    "MICRO_BATCH": 8,
+    "GRADIENT_CHECKPOINTING": False,
+    "MAX_COMPLETION_TOKENS": 320,
+    "USE_LORA": True,
+    "LORA_LEARNING_RATE": 1e-4,
+    "WARMUP_STEPS": 2,
+    "MAX_STEPS": 25,
+    "SAVE_EVERY": 2,
+    "SAVE_LIMIT": 2,
+    "EVAL_EVERY": 100,  # never on the way: each arm is measured before and after it
+    "SAMPLE_EVERY": 5,
+}
+TEST_QUESTIONS = 300  # of the test split, always the same
+WATCHED = 16  # test questions of the runs' own `before` and `after`, on which nothing here rests
+SAMPLES = 4  # answers a question at temperature 1
+
+TUTORIAL_PROMPT = """
+按照如下格式生成：
+<think>
+...
+</think>
+<answer>
+...
+</answer>
+"""  # as published
+
+# name -> how the table calls it, the constants that it changes, and its prompt; `cold` begins with what --cold names
+ARMS = {
+    "untouched": ("GRPO from the untouched model", {}, prompts.SYSTEM_PROMPT),
+    "cold": ("GRPO after the cold start", {}, prompts.SYSTEM_PROMPT),
+    "tutorial": (
+        "GRPO with the tutorial's rewards and prompt",
+        {"REWARDS": TUTORIAL, "REWARD_WEIGHTS": EQUAL},
+        TUTORIAL_PROMPT,
+    ),
+}
+CONSTANTS = {name: getattr(train_grpo, name) for name in ("REWARDS", "REWARD_WEIGHTS")}
+
+
+def write_questions(dataset: str, folder: Path, count: int) -> str:
+    """A data set folder with the training questions of `dataset` and `count` of its test questions, always the same."""
+    if not (folder / "test.jsonl").exists():  # written last
+        folder.mkdir(parents=True, exist_ok=True)
+        for split in ("train", "test"):
+            rows = prompts.load_questions(dataset, split)
+            pairs = [
+                (prompt[-1]["content"], label) for prompt, label in zip(rows["prompt"], rows["answer"], strict=True)
+            ]
+            if split == "test" and count < len(pairs):
+                pairs = random.Random(0).sample(pairs, count)
+            lines = [{prompts.QUESTION_COLUMN: question, prompts.ANSWER_COLUMN: label} for question, label in pairs]
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    return str(folder)
+
+
+def measure(model: str, data: dict[str, str], folder: Path, cpu: list[str]) -> dict[str, dict]:
+    """evaluate.py's figures for a model on each data set, unless they are there already; `folder` keeps them."""
+    measured = {}
+    for name, dataset in data.items():
+        output = folder / name
+        if not (output / "eval.json").exists():
+            print(f"\n===== {folder.name}: {name}", flush=True)
+            samples = ["--samples", str(SAMPLES)] if name == "test" else []
+            evaluate.main([model, "--dataset", dataset, "--output", str(output), *samples, *cpu])
+        measured[name] = json.loads((output / "eval.json").read_text(encoding="utf-8"))
+    return measured
+
+
+def train(arm: str, model: str, dataset: str, folder: Path, steps: int, cpu: list[str]) -> None:
+    """One run of train_grpo.py: begun, continued, or left alone where it is finished."""
+    done = folder / "results.json"
+    if done.exists() and json.loads(done.read_text(encoding="utf-8")).get("finished"):
+        return
+    print(f"\n===== {folder.name}: {ARMS[arm][0]}", flush=True)
+    for name, value in (RECIPE | CONSTANTS | ARMS[arm][1]).items():
+        setattr(train_grpo, name, value)
+    flags = ["--model", model, "--dataset", dataset, "--output", str(folder), "--max-steps", str(steps), *cpu]
+    try:
+        train_grpo.main(flags + ["--resume"] * any(folder.glob("checkpoint-*")))
+    except SystemExit:  # stopped by a signal, after a save
+        print("or with the command that began this study, as it was", flush=True)
+        raise
+
+
+def row(name: str, measured: dict[str, dict], results: dict) -> str:
+    """A line of the table."""
+    test, mgsm = measured["test"], measured.get("mgsm")
+    cells = [name, with_interval(test, "strict"), f"{test['flexible']:.1%}", f"{test['format']:.1%}"]
+    cells += [f"{test['mean_tokens']:.0f}", f"{test['truncated']:.1%}"]
+    cells += [with_interval(test, "mean"), with_interval(test, "pass")]
+    cells.append(f"{with_interval(mgsm, 'strict')}, {mgsm['flexible']:.1%}" if mgsm else "")
+    minutes, memory = results.get("train_seconds", 0) / 60, results.get("peak_memory_gb", 0)
+    cells.append(f"{results['steps']} steps, {minutes:.0f} min, {memory:.1f} GB" if results else "")
+    return f"| {' | '.join(cells)} |"
+
+
+def with_interval(figures: dict, name: str) -> str:
+    low, high = figures[f"{name}_ci95"]
+    return f"{figures[name]:.1%} ({low:.1%} to {high:.1%})"
+
+
+def draw(folders: dict[str, Path], picture: Path) -> None:
+    """What each arm was paid, how often it was right, and how long it thought."""
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(10, 3.4), dpi=100, layout="constrained")
+    panels = {
+        "correctness/correct": "right answers, of the sampled",
+        "format/soft_format": "in the format, of the sampled",
+        "length/thinking": "characters of thinking",
+    }
+    for axes, (tag, title) in zip(drawing.subplots(1, 3), panels.items(), strict=True):
+        for i, (name, folder) in enumerate(folders.items()):
+            draw_curve(axes, read_history(folder), tag, f"C{i}", ARMS[name][0])
+        axes.set(title=title, xlabel="step")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    drawing.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(folders))
+    picture.parent.mkdir(exist_ok=True)
+    drawing.savefig(picture)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="arms of GRPO on a real model", allow_abbrev=False)
+    parser.add_argument("model", help="hub id or folder")
+    parser.add_argument("dataset", help="hub id or folder")
+    parser.add_argument("--cold", help="what train_sft.py made of the model; the arm `cold` begins there")
+    parser.add_argument("--mgsm", help="data set folder with MGSM's questions as its test split, measured besides")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--steps", type=int, default=RECIPE["MAX_STEPS"], help="of each arm")
+    parser.add_argument("--questions", type=int, default=TEST_QUESTIONS, help="of the test split")
+    parser.add_argument("--output", type=Path, default=ROOT / "output" / "real")
+    parser.add_argument("--cpu", action="store_true")
+    flags = parser.parse_args(argv)
+    if "cold" in flags.arms and not flags.cold:
+        raise UserError(
+            "the arm `cold` needs --cold FOLDER (what train_sft.py made of the model); or leave it out: --arms"
+        )
+
+    cpu, output = ["--cpu"] * flags.cpu, flags.output
+    data = {"test": write_questions(flags.dataset, output / "questions", flags.questions)}
+    if flags.mgsm:
+        data["mgsm"] = flags.mgsm
+    watched = write_questions(flags.dataset, output / "watched", WATCHED)
+    head = ["model", "strict", "flexible", "format", "tokens", "cut off", "one sample", f"any of {SAMPLES}"]
+    head += ["MGSM strict, flexible", "training"]
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    lines.append(row("untouched", measure(flags.model, data, output / "before", cpu), {}))
+    if flags.cold:
+        lines.append(row("cold start", measure(flags.cold, data, output / "before-cold", cpu), {}))
+    for arm in flags.arms:
+        prompts.SYSTEM_PROMPT = ARMS[arm][2]
+        folder = output / arm
+        train(arm, flags.cold if arm == "cold" else flags.model, watched, folder, flags.steps, cpu)
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        lines.append(row(ARMS[arm][0], measure(str(folder), data, output / f"after-{arm}", cpu), results))
+    table = "\n".join(lines)
+    (output / "table.md").write_text(table + "\n", encoding="utf-8")
+    draw({arm: output / arm for arm in flags.arms}, output / "rewards_real.png")
+    print(f"\n{table}\n\nwritten: {output / 'table.md'}, {output / 'rewards_real.png'}")
+
+
+if __name__ == "__main__":
+    run(main)

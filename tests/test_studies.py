@@ -1,0 +1,53 @@
+"""The studies whose runs take hours work in their shortest form."""
+
+import json
+import re
+import sys
+
+import pytest
+from conftest import ROOT, error_line, run_script
+
+from console import UserError
+
+sys.path.insert(0, str(ROOT / "studies"))
+import fuzz_rewards  # noqa: E402
+
+
+def test_real_model(demo_base, tmp_path):
+    """Every arm is trained and measured, on the same questions; the same command finds all of it done."""
+    base = [demo_base / "model", demo_base / "data", "--mgsm", demo_base / "data", "--cpu", "--output", tmp_path]
+    line = error_line(run_script("studies/real_model.py", *base, expect=2))
+    assert "--cold" in line and not list(tmp_path.iterdir())
+    command = ["studies/real_model.py", *base, "--cold", demo_base / "model", "--steps", 1, "--questions", 6]
+    done = run_script(*command)
+    rows = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
+    assert len(rows) == 2 + 2 + 3 and len({row.count(" | ") for row in rows[2:]}) == 1
+    read = {arm: json.loads((tmp_path / arm / "recipe/recipe.json").read_text()) for arm in ("cold", "tutorial")}
+    assert "..." in read["tutorial"]["SYSTEM_PROMPT"] and "..." not in read["cold"]["SYSTEM_PROMPT"]
+    assert read["tutorial"]["REWARD_WEIGHTS"] == [1.0] * 5 and read["cold"]["REWARD_WEIGHTS"][4] > 1
+    assert json.loads((tmp_path / "before/test/eval.json").read_text())["n"] == 6
+    assert json.loads((tmp_path / "after-cold/test/eval.json").read_text())["samples"] == 4
+    assert (tmp_path / "rewards_real.png").read_bytes().startswith(b"\x89PNG")
+    again = run_script(*command)
+    assert again.stdout == done.stdout[-len(again.stdout) :] and "step" not in again.stdout.split("| --- |")[0]
+
+
+def test_fuzz_rewards(tmp_path):
+    """Both kinds of text are tried, and earn all rewards often enough that the checks mean something."""
+    file = tmp_path / "eval.jsonl"
+    row = {"completion": "<think>\n9 * 2 = 18\n</think>\n<answer>\n18 元\n</answer>"}
+    file.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    for more in ([], ["--texts", file]):
+        done = run_script("studies/fuzz_rewards.py", "--count", 3000, *more)
+        assert "faults        none" in done.stdout
+        shares = [float(share) for share in re.findall(r"([\d.]+)% \w+_reward", done.stdout)]
+        assert len(shares) == 5 and min(shares) > 1
+    file.write_text('{"question": "?"}\n', encoding="utf-8")
+    assert "--texts" in error_line(run_script("studies/fuzz_rewards.py", "--texts", file, expect=2))
+
+
+def test_fuzz_finds_a_broken_reward(monkeypatch):
+    """A reward that pays a bare number, as the tutorial's does, does not pass."""
+    monkeypatch.setattr(fuzz_rewards, "extract_answer", lambda text: text)
+    with pytest.raises(UserError, match="one block|the block is a number"):
+        fuzz_rewards.main(["--count", "2000"])
