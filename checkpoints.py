@@ -28,8 +28,8 @@ from safetensors import safe_open
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 
+import prompts
 from console import UserError, first_line, note
-from prompts import ANSWER_COLUMN, QUESTION_COLUMN, SYSTEM_PROMPT
 
 # What a run leaves behind that nobody wants overwritten. `base/` (the demo's cache) does not count.
 TRAINED = ["checkpoint-*", "*.safetensors", "adapter"]
@@ -222,9 +222,9 @@ def read_results(output: Path) -> dict:
 
 def _describe(recipe: SimpleNamespace) -> dict:
     """All that makes an experiment, as JSON gives it back."""
-    prompt = {"SYSTEM_PROMPT": SYSTEM_PROMPT, "QUESTION_COLUMN": QUESTION_COLUMN, "ANSWER_COLUMN": ANSWER_COLUMN}
+    asked = {name: getattr(prompts, name) for name in ("SYSTEM_PROMPT", "QUESTION_COLUMN", "ANSWER_COLUMN")}
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "datasets", "peft")}
-    return json.loads(json.dumps(vars(recipe) | prompt | {"versions": versions}))
+    return json.loads(json.dumps(vars(recipe) | asked | {"versions": versions}))
 
 
 def save_recipe(output: Path, recipe: SimpleNamespace) -> None:

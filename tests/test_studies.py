@@ -19,9 +19,10 @@ def test_real_model(demo_base, tmp_path):
     line = error_line(run_script("studies/real_model.py", *base, expect=2))
     assert "--cold" in line and not list(tmp_path.iterdir())
     command = ["studies/real_model.py", *base, "--cold", demo_base / "model", "--steps", 1, "--questions", 6]
+    command += ["--arms", "cold", "tutorial"]
     done = run_script(*command)
     rows = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
-    assert len(rows) == 2 + 2 + 3 and len({row.count(" | ") for row in rows[2:]}) == 1
+    assert len(rows) == 2 + 2 + 2 and len({row.count(" | ") for row in rows[2:]}) == 1
     read = {arm: json.loads((tmp_path / arm / "recipe/recipe.json").read_text()) for arm in ("cold", "tutorial")}
     assert "..." in read["tutorial"]["SYSTEM_PROMPT"] and "..." not in read["cold"]["SYSTEM_PROMPT"]
     assert read["tutorial"]["REWARD_WEIGHTS"] == [1.0] * 5 and read["cold"]["REWARD_WEIGHTS"][4] > 1
