@@ -27,7 +27,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-import demo
+import pretraining
 import train_grpo
 from console import UserError, check_types, constants_of, first_line, run
 from prompts import load_questions, to_conversation
@@ -280,7 +280,7 @@ def main(argv: list[str] | None = None) -> None:
     settings |= {"seed": recipe.SEED, "free": flags.free, "prompt": ask("", flags.free), "tokens": tokens}
     claim(output, settings | {"SAMPLES": SAMPLES, "TEMPERATURE": TEMPERATURE})
     if flags.demo:
-        demo.make_demo(output / "base")
+        pretraining.provide(output / "base", flags.model, flags.dataset)
 
     import torch
 

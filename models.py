@@ -13,6 +13,20 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# How a base model is asked: as plain text, for it knows no turns, and ended by its own end token. At this size that
+# goes better than a chat template (simpleRL-Zoo, arXiv 2503.18892). The line break behind 回答： keeps a
+# prompt's tokens the same whatever follows.
+PLAIN_TEMPLATE = """\
+{{- bos_token or '' -}}
+{%- for message in messages -%}
+{%- if message['role'] == 'system' -%}{{ message['content'] + '\\n\\n' }}
+{%- elif message['role'] == 'user' -%}{{ '问题：' + message['content'] + '\\n' }}
+{%- else -%}{{ '回答：\\n' + message['content'] + eos_token }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '回答：\\n' }}{%- endif -%}
+"""
+
 
 def pick_device(cpu: bool, bf16: bool = True) -> tuple[torch.device, torch.dtype | None]:
     """The device to compute on, and the dtype of autocast there (None: float32 throughout).
@@ -45,10 +59,11 @@ def describe_precision(device: torch.device, autocast: torch.dtype | None, bf16:
 def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model in float32 and its tokenizer, from a hub id, a saved model, a checkpoint or a LoRA adapter folder.
 
-    float32, although transformers would load bf16: updates of 1e-6 vanish in bf16 weights. An adapter is merged.
+    float32, although transformers would load bf16: updates of 1e-6 vanish in bf16 weights. An adapter is merged. A base
+    model gets PLAIN_TEMPLATE, which is saved with whatever is trained from it.
 
     Raises:
-        UserError: nothing loadable there, weights missing, or a tokenizer that does not fit them or a conversation.
+        UserError: nothing loadable there, weights missing, or a tokenizer that does not fit them.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
@@ -84,21 +99,26 @@ def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Raises UserError where the tokenizer cannot serve this model; where it would pad with its end token, mends it."""
-    if not tokenizer.chat_template:
-        raise UserError(f"the tokenizer of {name!r} has no chat template; use an instruction-tuned model")
+    """Gives a base model's tokenizer its template, and one that pads with its end token another token for that.
+
+    Raises:
+        UserError: the tokenizer cannot serve this model.
+    """
     ids, rows = set(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
     ends = model.generation_config.eos_token_id
-    unknown = {end for end in (ends if isinstance(ends, list) else [ends]) if end is not None} - ids
+    ends = {end for end in (ends if isinstance(ends, list) else [ends]) if end is not None}
     fault = ""
     if max(ids) >= rows:
         fault = f"its ids go up to {max(ids)}, and the model knows {rows} tokens"
-    elif unknown:
-        fault = f"the model ends with token {min(unknown)}, which it has not"
+    elif ends - ids:
+        fault = f"the model ends with token {min(ends - ids)}, which it has not"
     elif tokenizer.eos_token is None:
         fault = "it has no end token"
     if fault:
         raise UserError(f"the tokenizer of {name!r} is not this model's: {fault}; put the model's own beside it")
+    if why := base_because(tokenizer, ends):
+        tokenizer.chat_template = PLAIN_TEMPLATE
+        note(f"{name!r} is a base model ({why}): it gets a plain template that ends answers with {tokenizer.eos_token}")
     if tokenizer.pad_token in (None, tokenizer.eos_token):  # padding would look like ends: the model forgets to stop
         special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         others = [token for token in special if token != tokenizer.eos_token]
@@ -107,6 +127,21 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         old = tokenizer.pad_token
         tokenizer.pad_token = next((token for token in others if "pad" in token or "endoftext" in token), others[0])
         note(f"the tokenizer of {name!r} pads with {old}; here {tokenizer.pad_token} does")
+
+
+def base_because(tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> str | None:
+    """Why this is the tokenizer of a base model, whose `ends` are token ids; None where it is not.
+
+    Qwen's base models come with the chat template of their instruction-tuned sisters, but nobody has taught them to
+    stop where it ends a turn.
+    """
+    if not tokenizer.chat_template:
+        return "no chat template"
+    turns = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
+    turn_end = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("2")[2]
+    if any(token in turn_end for token in tokenizer.convert_ids_to_tokens([*ends, tokenizer.eos_token_id])):
+        return None
+    return f"its chat template ends a turn with {turn_end.strip() or 'nothing'}, where the model does not stop"
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]]) -> list[list[int]]:

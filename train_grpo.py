@@ -23,6 +23,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Literal
 
 import demo
+import pretraining
 from console import UserError, check_ranges, check_types, constants_of, is_a, refuse_missing_folder, run
 from prompts import load_questions
 from rewards import REWARD_WEIGHTS, REWARDS
@@ -246,7 +247,8 @@ def check_constants(recipe: SimpleNamespace) -> None:
 def check_folders(flags: argparse.Namespace, recipe: SimpleNamespace) -> None:
     """Raises UserError for a model's or a data set's folder that is not there."""
     for name, given in (("MODEL", flags.model), ("DATASET", flags.dataset)):
-        if given or not flags.demo:  # the demo makes its own
+        made_here = flags.demo and (given is None or pretraining.is_ours(given))
+        if not made_here:
             refuse_missing_folder(getattr(recipe, name), f"{name} (--{name.lower()})")
 
 
@@ -299,8 +301,8 @@ def main(argv: list[str] | None = None) -> None:
     accumulation = accumulation_steps(recipe, state.num_processes)
     with state.main_process_first():
         checkpoint = checkpoints.find(output, recipe, flags.resume)
-        if flags.demo and not (flags.model and flags.dataset):
-            demo.make_demo(output / "base")
+        if flags.demo:
+            pretraining.provide(output / "base", flags.model, flags.dataset)
 
     # ---- data, model, trainer
     train, test = load_questions(recipe.DATASET, "train"), load_questions(recipe.DATASET, "test")

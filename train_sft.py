@@ -23,6 +23,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import demo
+import pretraining
 import train_grpo
 from console import UserError, check_ranges, check_types, constants_of, first_line, note, run
 from prompts import load_questions
@@ -249,8 +250,8 @@ def main(argv: list[str] | None = None) -> None:
     accumulation = accumulation_steps(recipe, state.num_processes)
     with state.main_process_first():
         checkpoint = checkpoints.find(output, recipe, flags.resume)
-        if flags.demo and not (flags.model and flags.dataset):
-            demo.make_demo(output / "base")
+        if flags.demo:
+            pretraining.provide(output / "base", flags.model, flags.dataset)
 
     # ---- data, model, trainer
     test = load_questions(recipe.DATASET, "test")
