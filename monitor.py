@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from datetime import timedelta
 from operator import mul
@@ -45,6 +46,7 @@ REPEAT = 100  # steps before an alarm that still holds is raised again
 FORMAT_RISE = 0.05  # of the completions, on average over the format rewards, earn one more, while ...
 CORRECT_FALL = 0.3  # ... this part of the right answers is lost
 CUT_OFF = 0.2  # of the completions reach MAX_COMPLETION_TOKENS
+REPEATING = 0.1  # of the completions end in a repetition
 FLAT_GROUPS = 0.8  # of the groups have no spread of rewards, and so teach nothing
 SHORTER_THINKING = 0.5  # of its length at the start
 LOWER_ENTROPY = 0.1  # of its value at the start
@@ -79,6 +81,17 @@ def too_many_cut_off(history: History) -> str | None:
     if not cut_off or cut_off[-1] <= CUT_OFF:
         return None
     return f"{cut_off[-1]:.0%} of the completions are cut off before their answer: raise MAX_COMPLETION_TOKENS"
+
+
+def too_many_repeating(history: History) -> str | None:
+    """A model that has lost its way, or was never taught to stop, says the same until it is cut off."""
+    repeating = rolling(history, "length/repeating")
+    if not repeating or repeating[-1] <= REPEATING:
+        return None
+    return (
+        f"{repeating[-1]:.0%} of the completions end in a repetition: more tokens will not help. Lower LEARNING_RATE, "
+        "or begin with a model that train_sft.py has taught where answers end"
+    )
 
 
 def too_many_flat_groups(history: History) -> str | None:
@@ -138,6 +151,7 @@ def entropy_collapsed(history: History) -> str | None:
 ALARMS = [
     format_without_correctness,
     too_many_cut_off,
+    too_many_repeating,
     too_many_flat_groups,
     thinking_shrinks,
     guesses_instead,
@@ -190,6 +204,19 @@ def keep_samples_until(step: int, file: Path) -> None:
 def thinking(completion: str) -> str:
     """What stands before the answer."""
     return completion.partition("<answer>")[0].replace("<think>", "").replace("</think>", "").strip()
+
+
+# A completion repeats itself where its end compresses better than any prose does. The rate is Whisper's for the same
+# trouble (arXiv 2212.04356, section 4.5). Of 658 Chinese answers of a 0.5B model it finds 13, all of which do repeat
+# themselves: 12 of the 103 that were cut off, 1 of the others.
+TAIL = 200  # characters
+COMPRESSION = 2.4  # times smaller
+
+
+def repeats_itself(completion: str) -> bool:
+    """Whether it ends in a repetition, be it with a running number (`16. ... 17. ...`)."""
+    tail = completion[-TAIL:].encode(errors="replace")
+    return len(completion) >= TAIL and len(tail) > COMPRESSION * len(zlib.compress(tail))
 
 
 def preformatted(text: str) -> str:
@@ -418,7 +445,9 @@ class Monitor(Watch):
         size = self.trainer.num_generations
         groups = [totals[start : start + size] for start in range(0, len(totals), size)]
         figures["reward/flat_groups"] = fmean(max(group) - min(group) < 1e-6 for group in groups)
-        figures["length/thinking"] = fmean(len(thinking(message["content"])) for [message] in batch["completion"])
+        texts = [message["content"] for [message] in batch["completion"]]
+        figures["length/thinking"] = fmean(len(thinking(text)) for text in texts)
+        figures["length/repeating"] = fmean(map(repeats_itself, texts))
         figures["speed/generated_tokens_per_second"] = self.rollout.tokens / max(self.rollout.seconds, 1e-9)
         return figures
 

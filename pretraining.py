@@ -23,7 +23,7 @@ SHAPES = {  # by the name of their folder in the demo's cache
 # The documents
 PAGES_OF_SUMS = 0.1  # share of them
 PROMPTED = 0.1  # share of the problems that stand below the prompt of training
-OBEYED = 0.3  # share of those whose solution keeps to the format
+OBEYED = 0.2  # share of those whose solution keeps to the format
 HEADINGS = ["问题：{}\n回答：\n", "例题：{}\n解：\n", "问：{}\n答：\n", "{}\n"]
 
 # The training
@@ -31,6 +31,7 @@ STEPS = 450
 BATCH = 16  # blocks
 BLOCK = 128  # tokens, of whatever documents they belong to
 LEARNING_RATE = 3e-3  # peak
+WARMUP_STEPS = 30
 
 
 def write_document(problem: demo.Problem, rng: random.Random) -> str:
@@ -98,6 +99,7 @@ def pretrain(documents: list[str], shape: dict, steps: int, folder: Path) -> Non
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    # as in Qwen's base models: padding looks like the end, and other special tokens are there
     special = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "extra_special_tokens": ["<|im_start|>"]}
     tokenizer = transformers.Qwen2Tokenizer(**special)
     tokenizer = tokenizer.train_new_from_iterator(documents, demo.VOCABULARY, show_progress=False)
@@ -107,17 +109,16 @@ def pretrain(documents: list[str], shape: dict, steps: int, folder: Path) -> Non
     model = transformers.Qwen2ForCausalLM(config)
     model.generation_config = transformers.GenerationConfig(**ends)
 
-    ids = tokenizer(documents)["input_ids"]
-    rng, order = random.Random(demo.SEED), []
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps, pct_start=0.05)
+    ids = [tokens + [tokenizer.eos_token_id] for tokens in tokenizer(documents)["input_ids"]]
+    rng, order, stream = random.Random(demo.SEED), [], []
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.98))
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, WARMUP_STEPS, steps)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    stream: list[int] = []
     for step in range(1, steps + 1):
         while len(stream) < BATCH * BLOCK:
             order = order or rng.sample(ids, len(ids))
-            stream += order.pop() + [tokenizer.eos_token_id]
+            stream += order.pop()
         batch, stream = torch.tensor(stream[: BATCH * BLOCK]).view(BATCH, BLOCK), stream[BATCH * BLOCK :]
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()

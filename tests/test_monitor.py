@@ -38,6 +38,7 @@ DRIVEN = {
         made(correctness__correct=over(0.1, 0.2, 0.3), format__all=over(0.4, 0.6, 1.0)),
     ),
     "too_many_cut_off": (made(length__cut_off=over(0.1, 0.25)), made(length__cut_off=over(0.5, 0.15))),
+    "too_many_repeating": (made(length__repeating=over(0.0, 0.15)), made(length__repeating=over(0.5, 0.05))),
     "too_many_flat_groups": (
         made(reward__flat_groups=over(0.2, 0.9), correctness__correct=over(0.3, 0.01)),
         made(reward__flat_groups=over(0.2, 0.7), correctness__correct=over(0.3, 0.6)),
@@ -51,6 +52,19 @@ DRIVEN = {
     "entropy_collapsed": (made(training__entropy=over(0.5, 0.04)), made(training__entropy=over(0.5, 0.1))),
 }
 EARLIEST = {"guesses_instead": monitor.SUDDEN}  # steps; WINDOW for all others
+
+
+# Reasoning of a real 0.5B model, with formulas that resemble each other
+HONEST = """首先，我们需要计算每种花的数量。黄色的花有 10 朵，紫色的花比黄色的花多 80%：
+\\[ \\text{紫色的花} = 10 + 0.8 \\times 10 = 10 + 8 = 18 \\]
+
+绿色的花的数量是黄色和紫色的花的总数的 25%：
+\\[ \\text{绿色的花} = 0.25 \\times (10 + 18) = 0.25 \\times 28 = 7 \\]
+
+最后，我们将所有花的数量相加，得到花园里花的总数：
+\\[ \\text{花园里的花} = 10 + 18 + 7 = 35 \\]
+
+因此，马克的花园里一共有 35 朵花。"""
 
 
 # A demo run as it was recorded: tag -> the unit, and a number of them for each of its 50 steps
@@ -125,6 +139,23 @@ def test_not_finite(name, value):
     logs = {"loss": 0.0, "grad_norm": 0.3, "rewards/correctness_reward/mean": 1.0, "rewards/mark_reward/std": math.nan}
     assert not_finite(logs) is None
     assert name in not_finite(logs | {name: value})
+
+
+@pytest.mark.parametrize(
+    ("text", "repeats"),
+    [
+        ("一共多少？" + "确定杰瑞每天收集的鸡蛋数量。\n" * 20, True),
+        ("".join(f"{i}. 计算弗莱德订购的红玫瑰数量。\n" for i in range(10, 40)), True),  # with a running number
+        ("哈" * 1000 + HONEST, False),  # it found its way back
+        (HONEST, False),
+        ("我们" * 50, False),  # shorter than what is looked at
+        ("", False),
+        ("\ud83d" * 300, True),  # half a character, as a cut may leave it
+    ],
+)
+def test_repetition(text, repeats):
+    """An end that repeats itself is found, with a running number too; honest formulas are none."""
+    assert monitor.repeats_itself(text) is repeats
 
 
 def test_a_step_that_is_not_finite_ends_the_run_unsaved(demo_output):
@@ -206,6 +237,7 @@ def test_what_a_run_leaves_to_look_at(demo_output):
     assert [row["step"] for row in history if "heldout/strict" in row] == [0, 3]
     assert all(row["heldout/strict_low"] <= row["heldout/strict"] <= row["heldout/strict_high"] for row in history[::3])
     assert all(0 <= row["reward/flat_groups"] <= 1 and row["length/thinking"] > 0 for row in history[1:])
+    assert all(0 <= row["length/repeating"] <= 1 for row in history[1:])
 
     samples = [json.loads(line) for line in open(demo_output / "samples.jsonl", encoding="utf-8")]
     assert [list(sample) for sample in samples] == [SAMPLE_KEYS] * 4  # best and worst of two groups, at step 1
