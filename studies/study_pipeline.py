@@ -43,7 +43,7 @@ def commands(output: Path, seed: int) -> dict[str, list[str]]:
     at = {stage: output / f"seed-{seed}" / stage for stage in STAGES}
     scripts = {
         "zero": ["train_grpo.py", "--model", base],
-        "cold-traces": ["make_traces.py", "--model", base],
+        "cold-traces": ["make_traces.py", "--model", base, "--limit", 160],  # few, as R1's are; GRPO does the rest
         "cold": ["train_sft.py", "--model", base, "--traces", at["cold-traces"] / "traces.jsonl"],
         "rl": ["train_grpo.py", "--model", at["cold"]],
         "traces": ["make_traces.py", "--model", at["rl"]],

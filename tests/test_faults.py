@@ -163,7 +163,7 @@ MODEL_FAULTS = {
     "No file named model.safetensors": lambda m: (m / "model.safetensors").rename(m / "pytorch_model.bin"),
     "incomplete metadata": cut_weights,
     "are missing or of another shape": lambda m: edit(m / "config.json", intermediate_size=64),
-    "no chat template": lambda m: (m / "chat_template.jinja").unlink(),
+    "it has no end token": lambda m: edit(m / "tokenizer_config.json", eos_token=None),
     "not this model's: its ids go up to": other_tokenizer,
     "not this model's: the model ends with token 77777": lambda m: edit(
         m / "generation_config.json", eos_token_id=77777

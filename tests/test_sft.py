@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import checkpoints
 import models
+import pretraining
 import train_grpo
 import train_sft
 from console import UserError
@@ -132,6 +133,16 @@ def test_only_completions_are_learned(whole_run, careful):
         assert tokenizer.decode(learned) == line["completion"][0]["content"] + "<|im_end|>\n"
     batch = next(iter(whole_run.trainer.get_train_dataloader()))
     assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+
+
+def test_a_base_learns_its_own_end(train, careful, tmp_path):
+    """From a base model without a template: every completion ends in the end token, and nothing after it."""
+    pretraining.make_base(tmp_path / "base" / "untaught", steps=2)
+    trainer = train(tmp_path / "run", "--model", tmp_path / "base" / "untaught")
+    tokenizer = trainer.processing_class
+    learned = [tokenizer.decode([label for label in row["labels"] if label != -100]) for row in trainer.train_dataset]
+    assert learned == [line["completion"][0]["content"] + "<|endoftext|>" for line in careful[:20]]
+    assert models.load_model(str(tmp_path / "run"))[1].chat_template == models.PLAIN_TEMPLATE
 
 
 def test_schedule(whole_run):

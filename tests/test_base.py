@@ -1,0 +1,173 @@
+"""Base models: recognised and none else, given a plain template and an end, and the ones that the demo makes."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_script
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+import demo
+import models
+import pretraining
+from prompts import SYSTEM_PROMPT, to_conversation
+
+QWEN = ROOT.parent / "shared" / "data" / "qwen2.5_tokenizer"
+needs_qwen = pytest.mark.skipif(not QWEN.is_dir(), reason="needs the real tokenizer beside the project")
+TRACE = "<think>\n5*60=300\n</think>\n<answer>\n300\n</answer>"
+
+
+@pytest.fixture(scope="module")
+def untaught(tmp_path_factory) -> Path:
+    """The demo's base after a few steps only."""
+    folder = tmp_path_factory.mktemp("cache") / "base" / "untaught"
+    pretraining.make_base(folder, steps=60)
+    return folder
+
+
+def qwen(folder: Path, end: str) -> Path:
+    """Random weights in a small shape with Qwen's real tokenizer, its end token being `end`."""
+    tokenizer = AutoTokenizer.from_pretrained(QWEN)
+    tokenizer.eos_token, tokenizer.pad_token = end, "<|endoftext|>"
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": 151643}
+    config = Qwen2Config(vocab_size=151936, num_hidden_layers=1, tie_word_embeddings=True, **shape, **ends)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+# --------------------------------------------------------------------------------------------------- what is a base
+@needs_qwen
+@pytest.mark.parametrize("why", ["its chat template ends a turn with <|im_end|>", "no chat template"])
+def test_qwen_base(why, tmp_path, capsys):
+    """As Qwen2.5-0.5B comes, or without its template: plain text, its own end, another padding, and so once saved."""
+    folder = qwen(tmp_path / "model", "<|endoftext|>")
+    if why == "no chat template":
+        (folder / "chat_template.jinja").unlink()
+    model, tokenizer = models.load_model(str(folder))
+    said = capsys.readouterr().out
+    assert f"is a base model ({why}" in said and "ends answers with <|endoftext|>" in said
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|endoftext|>", "<|vision_pad|>")
+
+    conversation = to_conversation("5分钟多少秒")
+    answer = {"role": "assistant", "content": TRACE}
+    text = tokenizer.apply_chat_template([*conversation, answer], tokenize=False)
+    assert text == f"{SYSTEM_PROMPT}\n\n问题：5分钟多少秒\n回答：\n{TRACE}<|endoftext|>"
+    [prompt] = models.encode(tokenizer, [conversation])
+    whole = tokenizer.apply_chat_template([*conversation, answer], return_dict=True)["input_ids"]
+    assert whole[: len(prompt)] == prompt and tokenizer.decode(whole[len(prompt) :]) == f"{TRACE}<|endoftext|>"
+
+    model.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    _, again = models.load_model(str(tmp_path / "saved"))
+    assert again.chat_template == models.PLAIN_TEMPLATE and not capsys.readouterr().out
+    assert (again.eos_token, again.pad_token) == ("<|endoftext|>", "<|vision_pad|>")
+
+
+@needs_qwen
+def test_qwen_instruct_is_none(tmp_path, capsys):
+    _, tokenizer = models.load_model(str(qwen(tmp_path, "<|im_end|>")))
+    assert "<|im_start|>" in tokenizer.chat_template and not capsys.readouterr().out
+
+
+def test_end_that_only_the_model_knows(demo_base, tmp_path, capsys):
+    """An instruct model whose tokenizer names another end, but which stops where its template ends a turn, is none."""
+    model = Path(shutil.copytree(demo_base / "model", tmp_path / "model"))
+    edit(model / "tokenizer_config.json", eos_token="<|endoftext|>")
+    _, tokenizer = models.load_model(str(model))
+    assert "base model" not in capsys.readouterr().out and tokenizer.chat_template == demo.CHAT_TEMPLATE
+    edit(model / "generation_config.json", eos_token_id=tokenizer.eos_token_id)
+    models.load_model(str(model))
+    assert "ends a turn with <|im_end|>, where the model does not stop" in capsys.readouterr().out
+
+
+def edit(file: Path, **entries: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
+def test_begin_token():
+    """A tokenizer that begins its texts with a token begins the plain template with it, once."""
+    tokenizer = AutoTokenizer.from_pretrained(QWEN) if QWEN.is_dir() else pytest.skip("needs the real tokenizer")
+    tokenizer.chat_template, tokenizer.bos_token = models.PLAIN_TEMPLATE, "<|im_start|>"
+    turns = [{"role": role, "content": "1"} for role in ("user", "assistant", "user")]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert text == "<|im_start|>问题：1\n回答：\n1<|im_end|>问题：1\n回答：\n"
+
+
+# ------------------------------------------------------------------------------------------------ R1-Zero, as a user
+def test_r1_zero(untaught, tmp_path):
+    """GRPO takes the base up and says so; what it saves loads as what it is, everywhere, and answers end."""
+    output = tmp_path / "zero"
+    lora = ["-c", "import train_grpo as t; t.USE_LORA = True; t.run(t.main)"]
+    done = run_script(*lora, "--demo", "--cpu", "--model", untaught, "--max-steps", 2, "--output", output)
+    assert "is a base model" in done.stdout.split("model  ")[0] and "Warning" not in done.stderr
+    results = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    assert results["model"] == str(untaught) and results["after"]["truncated"] < 0.5
+    for folder in (output, output / "checkpoint-2", output / "adapter"):
+        done = run_script("evaluate.py", folder, "--cpu", "--output", tmp_path / "again")
+        assert "base model" not in done.stdout
+        assert json.loads((tmp_path / "again" / "eval.json").read_text()) == results["after"]
+    _, tokenizer = models.load_model(str(output))
+    assert tokenizer.chat_template == models.PLAIN_TEMPLATE
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|endoftext|>", "<|im_start|>")
+    assert run_script("chat.py", output, stdin="5分钟多少秒\n").stdout.strip() == results["probe"]["after"].strip()
+    assert sorted(path.name for path in (output / "base").iterdir()) == ["data"]  # no other model was made for it
+
+
+# --------------------------------------------------------------------------------------------------- the demo's bases
+def test_documents():
+    """Plain prose: the format is rare, though the prompt of training is not; no question of the data set is read."""
+    documents = pretraining.write_documents()
+    tagged = [document for document in documents if "</think>" in document.replace(SYSTEM_PROMPT, "")]
+    prompted = [document for document in documents if SYSTEM_PROMPT in document]
+    assert 0.01 < len(tagged) / len(documents) < 0.03 and 0.07 < len(prompted) / len(documents) < 0.11
+    assert set(tagged) < set(prompted)
+    sums = [document for document in documents if re.fullmatch(r"(\d+\*\d+=\d+\n?)+", document)]
+    assert abs(len(sums) / len(documents) - pretraining.PAGES_OF_SUMS) < 0.02
+    for a, b, c in re.findall(r"(\d+)\*(\d+)=(\d+)", "\n".join(sums)):
+        assert int(a) * int(b) == int(c)
+    text = demo.normal_form("".join(documents))
+    for part, count in (("train", demo.TRAIN_QUESTIONS), ("test", demo.TEST_QUESTIONS)):
+        assert not [p for p in demo.draw_problems(part, count) if demo.normal_form(p.question) in text]
+
+
+def test_made_once(untaught, tmp_path, monkeypatch, capsys):
+    """Not again while nothing has changed, anew after a change or a kill, and never over a person's own model."""
+    made = []
+    monkeypatch.setattr(pretraining, "pretrain", lambda _, shape, steps, to: made.append(shape) or to.mkdir())
+    folder = Path(shutil.copytree(untaught, tmp_path / "base" / "untaught"))
+    pretraining.make_base(folder)
+    assert not made
+    monkeypatch.setattr(demo, "SYSTEM_PROMPT", SYSTEM_PROMPT + " ")
+    (tmp_path / "base" / "unfinished-untaught").mkdir()  # killed
+    pretraining.make_base(folder)
+    pretraining.make_base(folder)
+    assert made == [demo.SHAPE] and [path.name for path in folder.parent.iterdir()] == ["untaught"]
+    (tmp_path / "base" / "student").mkdir()
+    pretraining.make_base(tmp_path / "base" / "student")
+    assert len(made) == 1
+
+
+def test_what_is_provided(untaught, tmp_path, monkeypatch):
+    """The demo's own model only where none is named; its data only where none are named, the same as ever."""
+    made = []
+    monkeypatch.setattr(pretraining.demo, "make_demo", made.append)
+    monkeypatch.setattr(pretraining, "make_base", made.append)
+    cache = tmp_path / "base"
+    pretraining.provide(cache, None, None)
+    pretraining.provide(cache, str(untaught), "data")
+    assert made == [cache, untaught] and not cache.exists()
+    pretraining.provide(cache, "somebody/elses", None)
+    assert len(made) == 2 and sorted(path.name for path in cache.iterdir()) == ["data"]
+    assert pretraining.is_ours("output/demo/base/student") and not pretraining.is_ours("models/student")
+
+
+def test_data_is_the_demos(demo_base, tmp_path):
+    """A run from a named model has the questions that the demo's own base is measured on."""
+    pretraining.provide(tmp_path, "somebody/elses", None)
+    for split in ("train", "test"):
+        [file], [same] = ([*(folder / "data" / split).glob("*.arrow")] for folder in (tmp_path, demo_base))
+        assert file.read_bytes() == same.read_bytes()
