@@ -31,7 +31,14 @@ import pretraining
 import train_grpo
 from console import UserError, check_types, constants_of, first_line, run
 from prompts import load_questions, to_conversation
-from rewards import correctness_reward, extract_answer, find_numbers, hard_format_reward, parse_number
+from rewards import (
+    chinese_share,
+    correctness_reward,
+    extract_answer,
+    find_numbers,
+    hard_format_reward,
+    parse_number,
+)
 
 if TYPE_CHECKING:  # imported where they are used: the one-line errors need no seconds to start
     from transformers import PreTrainedTokenizerBase
@@ -59,9 +66,6 @@ _BOX = re.compile(
     r"(?P<open>(?:\\\[|\\\(|\$\$?)\s*)?\\boxed\{(?P<inside>[^{}]*(?:\{[^{}]*\}[^{}]*)*)\}(?(open)\s*(?:\\\]|\\\)|\$\$?))"
 )
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
-_COMMAND = re.compile(r"\\[A-Za-z]+")  # \frac and \times are no words
-_CHINESE = re.compile("[㐀-鿿]")
-_FOREIGN = re.compile(r"[^\W\d_㐀-鿿]{3,}")  # a word of another language; x and km are none
 
 
 def rewrite(text: str) -> tuple[str, Decimal | None]:
@@ -92,7 +96,7 @@ def tidy(thinking: str) -> str:
     for _ in range(3):  # such as `**答案**`, `答案是：`, and the number on a line of its own
         start = 1 + max(thinking.rstrip("。：:").rfind(end) for end in "。！？\n")
         last = thinking[start:]
-        bare = _CHINESE.search(last) is None and len(find_numbers(last)) == 1
+        bare = not chinese_share(last, "") and len(find_numbers(last)) == 1
         if "=" in last or not (bare or "答案" in last and len(last) <= 30):
             break
         thinking = thinking[:start].rstrip()
@@ -123,14 +127,6 @@ def fault_of(thinking: str, question: str, label: int) -> str | None:
     if not (hard_format_reward(trace)[0] and correctness_reward(trace, [label])[0]):
         return "stray tags"
     return None
-
-
-def chinese_share(thinking: str, question: str) -> float:
-    """Chinese characters over these and the letters of foreign words, but for the words of the question."""
-    known = set(_FOREIGN.findall(question.lower()))
-    words = [word for word in _FOREIGN.findall(_COMMAND.sub(" ", thinking).lower()) if word not in known]
-    chinese = len(_CHINESE.findall(thinking))
-    return chinese / (chinese + sum(map(len, words)) or 1)
 
 
 def judge(question: str, label: int, samples: list[dict]) -> dict:

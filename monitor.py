@@ -30,7 +30,7 @@ from accuracy import describe, evaluate, summarize
 from console import UserError
 from models import describe_precision
 from prompts import to_conversation
-from rewards import extract_answer
+from rewards import extract_answer, thinking_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -201,11 +201,6 @@ def keep_samples_until(step: int, file: Path) -> None:
         os.replace(temporary, file)
 
 
-def thinking(completion: str) -> str:
-    """What stands before the answer."""
-    return completion.partition("<answer>")[0].replace("<think>", "").replace("</think>", "").strip()
-
-
 # A completion repeats itself where its end compresses better than any prose does. The rate is Whisper's for the same
 # trouble (arXiv 2212.04356, section 4.5). Of 658 Chinese answers of a 0.5B model it finds 13, all of which do repeat
 # themselves: 12 of the 103 that were cut off, 1 of the others.
@@ -228,7 +223,7 @@ def side_by_side(best: dict, worst: dict) -> str:
     """Two completions of one question as a TensorBoard table."""
     cells = ""
     for title, sample in (("best", best), ("worst", worst)):
-        rewards = "\n".join(f"{name} {value:g}" for name, value in sample["rewards"].items())
+        rewards = "\n".join(f"{name} {value:.3g}" for name, value in sample["rewards"].items())
         text = f"{title}, advantage {sample['advantage']:+.2f}\n{rewards}\n\n{sample['completion']}"
         cells += f"<td>{preformatted(text)}</td>"
     question = preformatted(f"{best['question']}\nlabel {best['label']}")
@@ -438,6 +433,8 @@ class Monitor(Watch):
         batch = self.trainer._logs  # the last generation batch of all processes
         earned = {name: fmean(value > 0 for value in values) for name, values in batch["rewards"].items()}
         figures["correctness/correct"] = earned.pop("correctness_reward")
+        earned.pop("language_reward")
+        figures["language/chinese"] = fmean(batch["rewards"]["language_reward"])
         figures |= {f"format/{name.removesuffix('_reward')}": share for name, share in earned.items()}
         figures["format/all"] = fmean(earned.values())
         by_row, weights = zip(*batch["rewards"].values(), strict=True), self.recipe.REWARD_WEIGHTS
@@ -446,7 +443,7 @@ class Monitor(Watch):
         groups = [totals[start : start + size] for start in range(0, len(totals), size)]
         figures["reward/flat_groups"] = fmean(max(group) - min(group) < 1e-6 for group in groups)
         texts = [message["content"] for [message] in batch["completion"]]
-        figures["length/thinking"] = fmean(len(thinking(text)) for text in texts)
+        figures["length/thinking"] = fmean(len(thinking_of(text)) for text in texts)
         figures["length/repeating"] = fmean(map(repeats_itself, texts))
         figures["speed/generated_tokens_per_second"] = self.rollout.tokens / max(self.rollout.seconds, 1e-9)
         return figures
@@ -499,7 +496,7 @@ class Monitor(Watch):
 
     def print_sample(self, sample: dict) -> None:
         """A completion as a person reads it."""
-        rewards = "  ".join(f"{name.removesuffix('_reward')} {value:g}" for name, value in sample["rewards"].items())
+        rewards = "  ".join(f"{name.removesuffix('_reward')} {value:.3g}" for name, value in sample["rewards"].items())
         print(f"  question   {sample['question']}  (label {sample['label']})")
         print("\n".join("  | " + line for line in sample["completion"].splitlines()))
         print(f"  extracted  {sample['extracted']}   {rewards}", flush=True)

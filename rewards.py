@@ -1,4 +1,4 @@
-"""Completion text -> the number it answers, and the five rewards that GRPO (arXiv 2402.03300) trains on.
+"""Completion text -> the number it answers, and the rewards that GRPO (arXiv 2402.03300) trains on: five, and a sixth.
 
 Rule-based, as in DeepSeek-R1 (arXiv 2501.12948, section 2.2.2): what can be checked is paid, nothing is guessed.
 Where this differs from most copies of these rewards:
@@ -103,11 +103,34 @@ def _is_hard_format(text: str) -> bool:
     return _is_soft_format(text) and lines.issuperset(_TAGS) and "</think>\n<answer>" in text
 
 
+# --- The language of the thinking ---
+
+_CHINESE = re.compile("[㐀-鿿]")
+_FOREIGN = re.compile(r"[^\W\d_㐀-鿿]{3,}")  # a word of another language; x and km are none
+_COMMAND = re.compile(r"\\[A-Za-z]+")  # \frac and \times are no words
+
+
+def thinking_of(text: str) -> str:
+    """What stands before the answer block, without any tags."""
+    text = text.partition("<answer>")[0]
+    for tag in _TAGS:
+        text = text.replace(tag, "")
+    return text.strip()
+
+
+def chinese_share(thinking: str, question: str) -> float:
+    """Chinese characters over these and the letters of foreign words, but for the words of the question."""
+    known = set(_FOREIGN.findall(question.lower()))
+    words = [word for word in _FOREIGN.findall(_COMMAND.sub(" ", thinking).lower()) if word not in known]
+    chinese = len(_CHINESE.findall(thinking))
+    return chinese / (chinese + sum(map(len, words)) or 1)
+
+
 def _texts(completions: list[list[dict]]) -> list[str]:
     return [completion[0]["content"] for completion in completions]
 
 
-# --- The five rewards ---
+# --- The five rewards, and the sixth ---
 # completions: one [{"role": "assistant", "content": str}] per completion; the result is one float for each, in order.
 # kwargs are the data set's other columns and what else the trainer passes.
 
@@ -158,8 +181,19 @@ def correctness_reward(completions: list[list[dict]], answer: list[int], **kwarg
     return [2.0 if _answered_number(text) == int(label) else 0.0 for text, label in pairs]
 
 
-REWARDS = [mark_reward, soft_format_reward, hard_format_reward, digit_reward, correctness_reward]
+def language_reward(completions: list[list[dict]], prompts: list[list[dict]], **kwargs) -> list[float]:
+    """The share of Chinese in the thinking, 0.0 to 1.0; words of the question and formulas are left out.
+
+    DeepSeek-R1's language consistency reward (arXiv 2501.12948, eq. 7), which costs a little accuracy there.
+    """
+    pairs = zip(_texts(completions), prompts, strict=True)
+    return [chinese_share(thinking_of(text), prompt[-1]["content"]) for text, prompt in pairs]
+
+
+REWARDS = [mark_reward, soft_format_reward, hard_format_reward, digit_reward, correctness_reward, language_reward]
+REWARD_MAXIMA = [0.5, 0.5, 0.5, 0.5, 2.0, 1.0]  # the most that each can give
 
 # The right answer is 6 of at most 8 points, 75 %. At equal weights it is 2 of 4: a wrong answer in perfect format then
-# earns half of everything, and training settles for that.
-REWARD_WEIGHTS = [1.0, 1.0, 1.0, 1.0, 3.0]
+# earns half of everything, and training settles for that. The language is watched and not paid: it is up to you to
+# give it a weight, at most a tenth of all there is to earn, for one Chinese word alone has the full share.
+REWARD_WEIGHTS = [1.0, 1.0, 1.0, 1.0, 3.0, 0.0]

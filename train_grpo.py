@@ -26,7 +26,7 @@ import demo
 import pretraining
 from console import UserError, check_ranges, check_types, constants_of, is_a, refuse_missing_folder, run
 from prompts import load_questions
-from rewards import REWARD_WEIGHTS, REWARDS
+from rewards import REWARD_MAXIMA, REWARD_WEIGHTS, REWARDS
 
 if TYPE_CHECKING:  # imported where they are used: `--help` and the one-line errors need no seconds to start
     import torch
@@ -219,6 +219,8 @@ def check_constants(recipe: SimpleNamespace) -> None:
     check_types(recipe, sys.modules[__name__])
     weights = recipe.REWARD_WEIGHTS
     weights_fit = is_a(weights, list[float]) and len(weights) == len(REWARDS) and min(weights) >= 0
+    earned = [weight * most for weight, most in zip(weights, REWARD_MAXIMA, strict=True)] if weights_fit else []
+    words = f"{len(REWARDS)} numbers of 0 or more, the last one's reward at most a tenth of all there is to earn"
     ranges = {  # of those that need not simply be above 0
         "SEED": ("from 0 to 2**32 - 1", 0 <= recipe.SEED < 2**32),
         "COMPLETIONS_PER_QUESTION": ("2 or more: one is its own baseline", recipe.COMPLETIONS_PER_QUESTION >= 2),
@@ -229,7 +231,7 @@ def check_constants(recipe: SimpleNamespace) -> None:
         "MAX_STEPS": ("-1, or 1 or more", recipe.MAX_STEPS == -1 or recipe.MAX_STEPS >= 1),
         "BETA": ("0 or more", recipe.BETA >= 0),
         "LORA_DROPOUT": ("from 0, below 1", 0 <= recipe.LORA_DROPOUT < 1),
-        "REWARD_WEIGHTS": ("a number of 0 or more for each reward", weights_fit),
+        "REWARD_WEIGHTS": (words, weights_fit and earned[-1] <= sum(earned) / 10),
     }
     check_ranges(vars(recipe), ranges, "train_grpo.py")
     if recipe.USE_VLLM and importlib.util.find_spec("vllm") is None:

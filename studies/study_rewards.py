@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import demo  # noqa: E402
 import draw_curves  # noqa: E402
 import train_grpo  # noqa: E402
-from rewards import extract_answer, parse_number  # noqa: E402
+from rewards import REWARD_MAXIMA, extract_answer, language_reward, parse_number  # noqa: E402
 
 
 # ------------------------------------------------------------------------ the tutorial's five rewards, as published
@@ -57,14 +57,15 @@ def correctness_reward(completions: list[list[dict]], answer: list[int], **kwarg
 
 
 TUTORIAL = [mark_reward, soft_format_reward, hard_format_reward, digit_reward, correctness_reward]
+TUTORIAL.append(language_reward)  # ours, which is watched in every run and weighs nothing in any
 
 # ----------------------------------------------------------------------------------------------------- the variants
-EQUAL = [1.0, 1.0, 1.0, 1.0, 1.0]
+EQUAL = [1.0, 1.0, 1.0, 1.0, 1.0, 0.0]
 VARIANTS = {  # name -> how the table calls it, and the constants of train_grpo.py that it changes
     "tutorial": ("the tutorial's rewards", {"REWARDS": TUTORIAL, "REWARD_WEIGHTS": EQUAL}),
     "batch": ('ours, SCALE_REWARDS = "batch"', {"SCALE_REWARDS": "batch"}),
     "equal": ("ours, equal weights", {"REWARD_WEIGHTS": EQUAL}),
-    "correctness": ("ours, correctness only", {"REWARD_WEIGHTS": [0.0, 0.0, 0.0, 0.0, 1.0]}),
+    "correctness": ("ours, correctness only", {"REWARD_WEIGHTS": [0.0, 0.0, 0.0, 0.0, 1.0, 0.0]}),
     "group": ('ours, SCALE_REWARDS = "group"', {"SCALE_REWARDS": "group"}),
     "none": ('ours, SCALE_REWARDS = "none"', {"SCALE_REWARDS": "none"}),
 }
@@ -139,7 +140,7 @@ def draw(left: Path, right: Path, picture: Path) -> None:
         drawing.subplots(1, 2, sharey=True),
         (left, right),
         ("the tutorial's rewards", "these rewards"),
-        (4.0, sum(w * f for w, f in zip(CONSTANTS["REWARD_WEIGHTS"], (0.5, 0.5, 0.5, 0.5, 2.0), strict=True))),
+        (4.0, sum(w * f for w, f in zip(CONSTANTS["REWARD_WEIGHTS"], REWARD_MAXIMA, strict=True))),
         strict=True,
     ):
         history = [

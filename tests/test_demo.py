@@ -9,7 +9,7 @@ import pytest
 
 import demo
 from prompts import ANSWER_COLUMN, QUESTION_COLUMN, SYSTEM_PROMPT, load_questions, to_conversation
-from rewards import REWARDS, extract_answer, hard_format_reward, parse_number
+from rewards import REWARD_MAXIMA, REWARDS, extract_answer, hard_format_reward, parse_number
 from train_grpo import PROBE_QUESTION
 
 PARTS = {"train": demo.TRAIN_QUESTIONS, "test": demo.TEST_QUESTIONS, "traces": demo.TRACES}
@@ -91,7 +91,8 @@ def test_careful_reasoning_takes_lines_and_earns_everything(monkeypatch):
         p = demo.make_problem(kind, random.Random(0))
         completions = [[{"role": "assistant", "content": p.trace}]]
         assert len(re.search("<think>\n(.*)\n</think>", p.trace, re.DOTALL)[1].splitlines()) == 4
-        assert sum(reward(completions, answer=[p.answer])[0] for reward in REWARDS) == 4.0
+        row = {"completions": completions, "prompts": [to_conversation(p.question)], "answer": [p.answer]}
+        assert [reward(**row)[0] for reward in REWARDS] == REWARD_MAXIMA
 
 
 @pytest.fixture(scope="module")

@@ -113,8 +113,9 @@ def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> Non
         ("SCALE_REWARDS", None),
         ("MODEL", ""),
         ("REWARD_WEIGHTS", [1, "2"]),
-        ("REWARD_WEIGHTS", [1.0] * 4),
-        ("REWARD_WEIGHTS", [1.0] * 4 + [-1.0]),
+        ("REWARD_WEIGHTS", [1.0] * 5),
+        ("REWARD_WEIGHTS", [1.0] * 5 + [-1.0]),
+        ("REWARD_WEIGHTS", [1.0, 1.0, 1.0, 1.0, 3.0, 0.9]),  # of 8.9
         ("SAVE_LIMIT", 0),
     ],
 )
@@ -128,7 +129,9 @@ def test_constant_of_a_wrong_kind(monkeypatch, tmp_path, name, value):
 def test_real_constants_are_right():
     """The recipe itself, and the demo's, pass."""
     for flags in ([], ["--demo"]):
-        train_grpo.check_constants(train_grpo.make_recipe(train_grpo.parse_flags(flags)))
+        train_grpo.check_constants(recipe := train_grpo.make_recipe(train_grpo.parse_flags(flags)))
+    recipe.REWARD_WEIGHTS = [*recipe.REWARD_WEIGHTS[:5], 0.8]  # a tenth
+    train_grpo.check_constants(recipe)
 
 
 def test_error_as_the_user_sees_it(tmp_path):

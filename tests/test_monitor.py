@@ -4,6 +4,7 @@ import json
 import math
 import re
 import struct
+from statistics import fmean
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ import monitor
 from console import UserError
 from draw_curves import draw_curves, read_history
 from monitor import ALARMS, REPEAT, WINDOW, Monitor, not_finite, preformatted, side_by_side
+from rewards import REWARD_WEIGHTS, REWARDS
 
 SAMPLE_KEYS = ["step", "question", "label", "completion", "extracted", "rewards", "advantage"]
 
@@ -229,13 +231,22 @@ def test_what_a_run_leaves_to_look_at(demo_output):
 
     events = EventAccumulator(str(demo_output / "runs")).Reload().Tags()
     groups = {tag.partition("/")[0] for tag in events["scalars"]}
-    assert groups == {"reward", "correctness", "format", "length", "training", "speed", "heldout"}
+    assert groups == {"reward", "correctness", "format", "language", "length", "training", "speed", "heldout"}
     shown = {tag.removesuffix("/text_summary") for tag in events["tensors"]}
     assert shown == {"recipe", "samples/group_1", "samples/group_2"}
     history = read_history(demo_output)
     assert [row["step"] for row in history] == [0, 1, 2, 3]
     assert [row["step"] for row in history if "heldout/strict" in row] == [0, 3]
     assert all(row["heldout/strict_low"] <= row["heldout/strict"] <= row["heldout/strict_high"] for row in history[::3])
+    assert {tag for tag in history[1] if tag.startswith("format/")} == {
+        f"format/{name}" for name in ("mark", "soft_format", "hard_format", "digit", "all")
+    }
+    for row in history[1:]:  # the language is watched and earns nothing
+        paid = sum(w * row[f"reward/{reward.__name__}"] for w, reward in zip(REWARD_WEIGHTS, REWARDS, strict=True))
+        assert 0.5 < row["language/chinese"] <= 1 and paid == pytest.approx(row["reward/total"], rel=1e-5)
+        assert row["format/all"] == pytest.approx(
+            fmean(row[f"format/{name}"] for name in ("mark", "soft_format", "hard_format", "digit"))
+        )
     assert all(0 <= row["reward/flat_groups"] <= 1 and row["length/thinking"] > 0 for row in history[1:])
     assert all(0 <= row["length/repeating"] <= 1 for row in history[1:])
 
@@ -243,7 +254,7 @@ def test_what_a_run_leaves_to_look_at(demo_output):
     assert [list(sample) for sample in samples] == [SAMPLE_KEYS] * 4  # best and worst of two groups, at step 1
     for best, worst in (samples[:2], samples[2:]):
         assert best["question"] == worst["question"] and best["advantage"] >= worst["advantage"]
-        assert len(best["rewards"]) == 5 and isinstance(best["label"], int)
+        assert len(best["rewards"]) == 6 and isinstance(best["label"], int)
 
     results = json.loads((demo_output / "results.json").read_text(encoding="utf-8"))
     assert results["best"] == {"step": 3, "strict": pytest.approx(history[-1]["heldout/strict"])}

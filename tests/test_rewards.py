@@ -12,16 +12,20 @@ from hypothesis import strategies as st
 
 import rewards
 from rewards import (
+    REWARD_MAXIMA,
     REWARD_WEIGHTS,
     REWARDS,
+    chinese_share,
     correctness_reward,
     digit_reward,
     extract_answer,
     find_numbers,
     hard_format_reward,
+    language_reward,
     mark_reward,
     parse_number,
     soft_format_reward,
+    thinking_of,
 )
 
 MGSM = Path(__file__).parents[1] / "../shared/data/mgsm_zh.tsv"  # real questions; not part of the project
@@ -31,8 +35,8 @@ def completion(text: str) -> list[dict]:
     return [{"role": "assistant", "content": text}]
 
 
-def score(reward, text: str, **kwargs) -> float:
-    (value,) = reward([completion(text)], **kwargs)
+def score(reward, text: str, question: str = "", **kwargs) -> float:
+    (value,) = reward(completions=[completion(text)], prompts=[[{"role": "user", "content": question}]], **kwargs)
     return value
 
 
@@ -469,11 +473,48 @@ def test_rewards_and_weights():
         "hard_format_reward",
         "digit_reward",
         "correctness_reward",
+        "language_reward",
     ]
     best = [score(reward, HARD[0], answer=[72]) for reward in REWARDS]
-    assert best == [0.5, 0.5, 0.5, 0.5, 2.0]
-    weighted = [weight * value for weight, value in zip(REWARD_WEIGHTS, best, strict=True)]
+    assert best == REWARD_MAXIMA == [0.5, 0.5, 0.5, 0.5, 2.0, 1.0]
+    *weighted, language = [weight * value for weight, value in zip(REWARD_WEIGHTS, best, strict=True)]
     assert all(value > 0 for value in weighted) and weighted[-1] >= 0.7 * sum(weighted)
+    assert language == 0  # watched, and paid nothing unless you want it
+
+
+# --- The language of the thinking ---
+
+QUESTION = "Jasper 卖了 48 个夹子，用了他的 iPhone，一共卖了多少？"
+
+
+@pytest.mark.parametrize(
+    ("thinking", "share"),
+    [
+        ("五月份卖了一半", 1.0),
+        ("五月 sold", 2 / 6),
+        ("五月 SOLD половину", 2 / 14),
+        ("Jasper 的 iphone 上写着", 1.0),  # words of the question
+        ("Jaspers 的", 1 / 8),  # not a word of it
+        ("先求 x：\\[ \\frac{48}{2} \\times x = 24 \\text{ 个} \\]，走 3 km", 1.0),  # formulas and units
+        ("We first add 48 and 24, which is 72 in total.", 0.0),
+        ("48 + 24 = 72", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_language(thinking, share):
+    for text in (thinking, f"<think>{thinking}</think>", f"<think>\n{thinking}\n</answer>\n<answer>\nwhatever"):
+        assert score(language_reward, text, QUESTION) == pytest.approx(share)
+    assert chinese_share(thinking, QUESTION) == pytest.approx(share)
+
+
+def test_thinking_ends_where_the_answer_begins():
+    assert thinking_of("<think>\n想\n</think>\n<answer>72</answer>") == thinking_of("想<answer>\n<answer>") == "想"
+
+
+def test_a_missing_prompt_raises():
+    """A question is ours, not the model's text: forgotten, it must not pass in silence."""
+    with pytest.raises(ValueError):
+        language_reward([completion("想")] * 2, prompts=[[{"role": "user", "content": ""}]])
 
 
 # --- What goes wrong in common copies of these rewards ---
@@ -485,7 +526,7 @@ def test_reasoning_over_several_lines_earns_both_formats():
 
 
 def test_a_bare_number_earns_nothing():
-    assert [score(reward, "72", answer=[72]) for reward in REWARDS] == [0.0] * 5
+    assert [score(reward, "72", answer=[72]) for reward in REWARDS] == [0.0] * 6
 
 
 @pytest.mark.parametrize(("answer", "label"), [("72个", 72), ("1,080", 1080), ("-10", -10), ("42.", 42)])
@@ -507,9 +548,12 @@ VALUES = [{0.0, 0.125, 0.25, 0.375, 0.5}, {0.0, 0.5}, {0.0, 0.5}, {0.0, 0.5}, {0
 
 
 def check_values(text: str) -> None:
-    for reward, values in zip(REWARDS, VALUES, strict=True):
+    for reward, values in zip(REWARDS[:5], VALUES, strict=True):
         value = score(reward, text, answer=[72])
         assert type(value) is float and value in values
+    for question in ("", text):
+        share = score(language_reward, text, question)
+        assert type(share) is float and 0 <= share <= 1
 
 
 @settings(max_examples=200, deadline=None)
@@ -574,6 +618,9 @@ LONG = {  # what: (beginning, what is repeated, end)
     "half a tag": ("", "<", ""),
     "no end of thinking": ("<think>", "想 ", ""),
     "blanks between the blocks": ("<think>a</think>", " ", "b<answer>1</answer>"),
+    "one foreign word": ("", "a", ""),
+    "foreign words": ("", "abc ", ""),
+    "commands": ("", "\\frac", ""),
     "NUL": ("", "\0", ""),
     "surrogates": ("", "\ud800", ""),
 }

@@ -11,7 +11,7 @@ import make_traces
 from console import UserError
 from make_traces import fault_of, judge, rewrite
 from prompts import ANSWER_COLUMN, QUESTION_COLUMN, to_conversation
-from rewards import REWARDS
+from rewards import REWARD_MAXIMA, REWARDS
 
 QUESTION = "Jasper在四月份卖了48个夹子，五月份卖了一半。一共卖了多少个？"
 STEPS = "五月份卖出的夹子数量是：\n\\[ \\frac{48}{2} = 24 \\]\n\n两个月相加：\n\\[ 48 + 24 = 72 \\]"
@@ -100,8 +100,9 @@ def test_judge():
     assert row["right"] == 7 and len(row["kept"]) == make_traces.KEEP
     assert "检验" in row["kept"][1] and [trace.split("：")[-1][0] for trace in row["kept"]] == list("0123")
     completions = [[{"role": "assistant", "content": trace}] for trace in row["kept"]]
-    for reward in REWARDS:
-        assert min(reward(completions, answer=[72] * len(completions))) == (2 if "correct" in reward.__name__ else 0.5)
+    rows = {"prompts": [to_conversation(QUESTION)] * len(completions), "answer": [72] * len(completions)}
+    for reward, most in zip(REWARDS, REWARD_MAXIMA, strict=True):
+        assert min(reward(completions=completions, **rows)) == most
     assert judge(QUESTION, 72, row["samples"]) == row  # its own line can be judged again
 
 

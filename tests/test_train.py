@@ -42,7 +42,7 @@ def test_two_steps_as_a_user(demo_output, demo_base):
     assert steps == 2
     for word in ("CPU, float32", "questions x", "2", str(demo_output)):
         assert word in header
-    for reward in ("mark", "soft_format", "hard_format", "digit", "correctness"):
+    for reward in ("mark", "soft_format", "hard_format", "digit", "correctness", "language"):
         assert reward in done.stdout  # the sample shows every reward
 
     results = json.loads((demo_output / "results.json").read_text(encoding="utf-8"))
