@@ -203,14 +203,12 @@ def append(path: Path, rows: list[dict]) -> None:
 
 # --------------------------------------------------------------------------------------------------------- the model
 def load_sampler(name: str, cpu: bool, bf16: bool) -> tuple["Sampler | PlainSampler", "PreTrainedTokenizerBase"]:
-    """The model, its weights in bf16 where training autocasts: both kinds of a 7B model would not fit into 24 GB."""
+    """The model, its weights in bf16 where training autocasts: a 7B one in float32 fits neither 24 GB nor the host."""
     from models import load_model, pick_device
     from rollout import make_sampler
 
     device, dtype = pick_device(cpu, bf16)
-    model, tokenizer = load_model(name)
-    for parameter in model.parameters():  # not the buffers: in bf16 positions would be rounded
-        parameter.data = parameter.data.to(device, dtype or parameter.dtype)
+    model, tokenizer = load_model(name, dtype)
     return make_sampler(model.to(device).eval(), tokenizer), tokenizer
 
 

@@ -56,11 +56,14 @@ def describe_precision(device: torch.device, autocast: torch.dtype | None, bf16:
     return "float32 (no bf16 units" + ("; fp16 would overflow)" if device.type == "cuda" else ")")
 
 
-def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model in float32 and its tokenizer, from a hub id, a saved model, a checkpoint or a LoRA adapter folder.
+def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer, from a hub id, a saved model, a checkpoint or a LoRA adapter folder, which is merged.
 
-    float32, although transformers would load bf16: updates of 1e-6 vanish in bf16 weights. An adapter is merged. A base
-    model gets PLAIN_TEMPLATE, which is saved with whatever is trained from it.
+    A base model gets PLAIN_TEMPLATE, which is saved with whatever is trained from it.
+
+    Args:
+        dtype: of the weights, read as that, without a copy in another; buffers stay in float32, for positions would be
+            rounded. None: float32, although transformers would load bf16, in which updates of 1e-6 vanish.
 
     Raises:
         UserError: nothing loadable there, weights missing, or a tokenizer that does not fit them.
@@ -71,6 +74,7 @@ def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     refuse_missing_folder(name, "the model")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    dtype = dtype or torch.float32
     safe = {"trust_remote_code": False, "use_safetensors": True}  # a script or a pickle could do anything
     wrong: list[str] = []
     try:
@@ -78,9 +82,11 @@ def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             from peft import AutoPeftModelForCausalLM
 
             model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=torch.float32, **safe).merge_and_unload()
+            for parameter in model.parameters():  # no sooner: small updates would round away before they are added
+                parameter.data = parameter.data.to(dtype)
         else:
             safe |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # it would say less
-            model, found = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **safe)
+            model, found = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **safe)
             wrong = sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])])
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
     except Exception as error:  # the hub's, the weights' and the tokenizers' readers have no common base class

@@ -5,13 +5,18 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import error_line, run_script
+from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 import make_traces
+import models
 from console import UserError
 from make_traces import fault_of, judge, rewrite
 from prompts import ANSWER_COLUMN, QUESTION_COLUMN, to_conversation
 from rewards import REWARD_MAXIMA, REWARDS
+from rollout import Sampler
 
 QUESTION = "Jasper在四月份卖了48个夹子，五月份卖了一半。一共卖了多少个？"
 STEPS = "五月份卖出的夹子数量是：\n\\[ \\frac{48}{2} = 24 \\]\n\n两个月相加：\n\\[ 48 + 24 = 72 \\]"
@@ -155,6 +160,35 @@ def test_script(taught):
     assert (log.read_bytes(), traces.read_bytes()) == whole
     line = error_line(run_script(*command, "--seed", 7, expect=2))
     assert "seed 42" in line and "7" in line and "--output" in line
+
+
+@pytest.mark.parametrize("kind", ["a saved model", "an adapter"])
+def test_loaded_in_bf16_as_if_cast(kind, taught, tmp_path, monkeypatch):
+    """Read in bf16 at once, the sampler has the very weights and draws of a float32 model that was then cast."""
+    folder = str(taught / "base" / "model")
+    if kind == "an adapter":
+        torch.manual_seed(0)
+        base = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        adapter = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        get_peft_model(base, adapter).save_pretrained(tmp_path)
+        AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+        folder = str(tmp_path)
+    monkeypatch.setattr(models, "pick_device", lambda cpu, bf16: (torch.device("cpu"), torch.bfloat16))
+    sampler, tokenizer = make_traces.load_sampler(folder, cpu=True, bf16=True)
+    model, _ = models.load_model(folder)
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    for weight in model.parameters():
+        weight.data = weight.data.to(torch.bfloat16)
+    loaded = sampler.model.state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in model.state_dict().items())
+    for (name, cast), (_, buffer) in zip(model.named_buffers(), sampler.model.named_buffers(), strict=True):
+        assert buffer.dtype == torch.float32 and torch.equal(buffer, cast), name
+    prompts = models.encode(tokenizer, [to_conversation("5分钟多少秒"), to_conversation("3小时是多少分钟？")] * 4)
+    draws = []
+    for each in (sampler, Sampler(model.eval(), tokenizer)):
+        torch.manual_seed(0)
+        draws.append(each.generate(prompts, 48, temperature=1.0))
+    assert draws[0] == draws[1] and len(set(map(tuple, draws[0]))) > 2
 
 
 def test_nothing_kept(demo_output):
