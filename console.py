@@ -68,24 +68,25 @@ def check_types(recipe: SimpleNamespace, script: ModuleType) -> None:
 
 
 def check_ranges(constants: dict[str, Any], ranges: dict[str, tuple[str, bool]], script: str) -> None:
-    """Raises UserError for the first constant out of its range; a number without one has to be above 0.
+    """Raises UserError for the first constant out of its range; a number without one has to be above 0, a text filled.
 
     Args:
         ranges: name -> the range in words, and whether the constant is in it.
         script: the file to mend.
     """
     for name, value in constants.items():
-        words, holds = ranges.get(name, ("above 0", type(value) not in (int, float) or value > 0))
+        number = type(value) in (int, float)
+        words, holds = ranges.get(name, ("above 0", value > 0) if number else ("a text", value != ""))
         if not holds:
             raise UserError(f"{name} = {value!r} is not {words}; mend it in {script}, or by its flag")
 
 
 def is_a(value: Any, kind: Any) -> bool:
-    """Whether a value is what an annotation says. True and NaN are no numbers, an empty text is no text."""
+    """Whether a value is what an annotation says. True and NaN are no numbers."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     if get_origin(kind) in (list, tuple):
         return isinstance(value, list | tuple) and all(is_a(each, get_args(kind)[0]) for each in value)
     if kind is float:
         return type(value) in (int, float) and math.isfinite(value)
-    return type(value) is kind and value != ""
+    return type(value) is kind

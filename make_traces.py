@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 
 import pretraining
 import train_grpo
-from console import UserError, check_types, constants_of, first_line, run
+from console import UserError, check_ranges, check_types, constants_of, first_line, run
 from prompts import load_questions, to_conversation
 from rewards import (
     chinese_share,
@@ -250,9 +250,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--limit {flags.limit}: at least 1 question is needed")
     constants = constants_of(sys.modules[__name__])
     check_types(SimpleNamespace(**constants), sys.modules[__name__])
-    for name, value in constants.items():
-        if not isinstance(value, str) and value <= 0:
-            raise UserError(f"{name} = {value!r} is not above 0; mend it in make_traces.py")
+    check_ranges(constants, {}, "make_traces.py")
     flags.output = flags.output or (None if flags.demo else OUTPUT_DIR)
     return flags
 

@@ -68,6 +68,33 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedM
     Raises:
         UserError: nothing loadable there, weights missing, or a tokenizer that does not fit them.
     """
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = _load(AutoModelForCausalLM, name, dtype)
+    model.config.use_cache = True  # a Trainer leaves False in the checkpoints that it writes
+    return model, tokenizer
+
+
+def load_reward_model(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model that gives a conversation one score, and its tokenizer, from a hub id or a folder.
+
+    Raises:
+        UserError: as in `load_model`; a causal model among them, whose scores would be random.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    model, tokenizer = _load(AutoModelForSequenceClassification, name, dtype)
+    if model.config.num_labels != 1:
+        raise UserError(
+            f"REWARD_MODEL {name!r} sorts into {model.config.num_labels} classes, a reward model gives one score; "
+            "name another"
+        )
+    model.config.pad_token_id = tokenizer.pad_token_id  # the score is read at the last token that is not this one
+    return model, tokenizer
+
+
+def _load(kind: type, name: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model by one of transformers' AutoModel classes, and its tokenizer, both checked. Raises UserError."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
@@ -78,7 +105,7 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedM
     safe = {"trust_remote_code": False, "use_safetensors": True}  # a script or a pickle could do anything
     wrong: list[str] = []
     try:
-        if (Path(name) / "adapter_config.json").exists():
+        if kind is AutoModelForCausalLM and (Path(name) / "adapter_config.json").exists():
             from peft import AutoPeftModelForCausalLM
 
             model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=torch.float32, **safe).merge_and_unload()
@@ -86,7 +113,7 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedM
                 parameter.data = parameter.data.to(dtype)
         else:
             safe |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # it would say less
-            model, found = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **safe)
+            model, found = kind.from_pretrained(name, dtype=dtype, **safe)
             wrong = sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])])
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
     except Exception as error:  # the hub's, the weights' and the tokenizers' readers have no common base class
@@ -96,11 +123,11 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedM
         raise UserError(f"cannot load the model {name!r} ({where}): {first_line(error)}. {remedy}") from error
     if wrong:  # they would be random numbers
         raise UserError(
-            f"the weights of {name!r} do not fit its config.json: {len(wrong)} are missing or of another shape, "
-            f"such as {wrong[0]}; get the model again"
+            f"the weights of {name!r}, a {' or '.join(model.config.architectures or ['model'])}, do not make a "
+            f"{type(model).__name__}: {len(wrong)} are missing or of another shape, such as {wrong[0]}; get the model "
+            "again, or name another"
         )
     check_tokenizer(model, tokenizer, name)
-    model.config.use_cache = True  # a Trainer leaves False in the checkpoints that it writes
     return model, tokenizer
 
 
@@ -111,7 +138,7 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         UserError: the tokenizer cannot serve this model.
     """
     ids, rows = set(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
-    ends = model.generation_config.eos_token_id
+    ends = model.generation_config.eos_token_id if model.can_generate() else None  # a reward model does not
     ends = {end for end in (ends if isinstance(ends, list) else [ends]) if end is not None}
     fault = ""
     if max(ids) >= rows:
@@ -122,7 +149,10 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         fault = "it has no end token"
     if fault:
         raise UserError(f"the tokenizer of {name!r} is not this model's: {fault}; put the model's own beside it")
-    if why := base_because(tokenizer, ends):
+    if not model.can_generate():  # a reward model reads what it judges through its own template, or not at all
+        if not tokenizer.chat_template:
+            raise UserError(f"the tokenizer of {name!r} has no chat template; name a reward model of conversations")
+    elif why := base_because(tokenizer, ends):
         tokenizer.chat_template = PLAIN_TEMPLATE
         note(f"{name!r} is a base model ({why}): it gets a plain template that ends answers with {tokenizer.eos_token}")
     if tokenizer.pad_token in (None, tokenizer.eos_token):  # padding would look like ends: the model forgets to stop
@@ -150,16 +180,18 @@ def base_because(tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> str | No
     return f"its chat template ends a turn with {turn_end.strip() or 'nothing'}, where the model does not stop"
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]]) -> list[list[int]]:
-    """Prompt token ids, up to and with the header of the assistant's turn."""
-    return tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=True)["input_ids"]
+def encode(
+    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]], complete: bool = False
+) -> list[list[int]]:
+    """Token ids of prompts, up to and with the header of the assistant's turn, or of complete conversations."""
+    ids = tokenizer.apply_chat_template(conversations, add_generation_prompt=not complete, return_dict=True)
+    return ids["input_ids"]
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> list[tuple[int, int]]:
     """Tokens of each row's `prompt`, with the header of the assistant's turn, and of its `completion`, with its end."""
     prompts = encode(tokenizer, [row["prompt"] for row in rows])
-    whole = [row["prompt"] + row["completion"] for row in rows]
-    whole = tokenizer.apply_chat_template(whole, return_dict=True)["input_ids"]
+    whole = encode(tokenizer, [row["prompt"] + row["completion"] for row in rows], complete=True)
     return [(len(prompt), len(both) - len(prompt)) for prompt, both in zip(prompts, whole, strict=True)]
 
 

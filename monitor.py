@@ -13,9 +13,8 @@ import os
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
-from operator import mul
 from pathlib import Path
 from statistics import fmean, median
 from types import SimpleNamespace
@@ -62,6 +61,7 @@ def rolling(history: History, tag: str) -> list[float]:
 
 def format_without_correctness(history: History) -> str | None:
     """Since the best WINDOW steps the format has improved and the answers have worsened: what ruined the tutorial."""
+    history = [row for row in history if "correctness/correct" in row]  # a step may have no question with a label
     correct, form = rolling(history, "correctness/correct"), rolling(history, "format/all")
     if len(correct) <= WINDOW:
         return None
@@ -101,7 +101,7 @@ def too_many_flat_groups(history: History) -> str | None:
         return None
     remedy = (
         "the questions have become too easy: stop here, or take harder ones"
-        if correct[-1] > 0.5
+        if correct and correct[-1] > 0.5
         else "raise COMPLETIONS_PER_QUESTION, take easier questions, or begin with a better model"
     )
     return f"{flat[-1]:.0%} of the groups have no spread of rewards and teach nothing: {remedy}"
@@ -159,9 +159,14 @@ ALARMS = [
 ]
 
 
-def not_finite(logs: dict) -> str | None:
-    """The one trouble that ends a run: after such a step the weights are spoilt."""
-    watched = ["loss", "grad_norm", *(name for name in logs if name.startswith("rewards/") and name.endswith("/mean"))]
+def not_finite(logs: dict, silent: Collection[str] = ()) -> str | None:
+    """The one trouble that ends a run: after such a step the weights are spoilt.
+
+    Args:
+        silent: rewards that applied to no completion of this step; TRL gives them no mean.
+    """
+    rewards = (name for name in logs if name.startswith("rewards/") and name.endswith("/mean"))
+    watched = ["loss", "grad_norm", *(name for name in rewards if name.split("/")[1] not in silent)]
     bad = [name for name in watched if name in logs and (logs[name] is None or not math.isfinite(logs[name]))]
     if not bad:
         return None
@@ -188,6 +193,7 @@ TAGS = {  # TRL's name of a figure -> the group and the name under which TensorB
     "kl": "training/kl",
     "clip_ratio/region_mean": "training/clipped",
     "epoch": "training/epoch",
+    "preference_score": "preference/score",
 }
 
 
@@ -214,6 +220,12 @@ def repeats_itself(completion: str) -> bool:
     return len(completion) >= TAIL and len(tail) > COMPRESSION * len(zlib.compress(tail))
 
 
+def shown_rewards(sample: dict) -> list[str]:
+    """The rewards of a sample in words, but for those that do not apply to it."""
+    earned = {name.removesuffix("_reward"): value for name, value in sample["rewards"].items() if value is not None}
+    return [f"{name} {value:.3g}" for name, value in earned.items()]
+
+
 def preformatted(text: str) -> str:
     """Text that TensorBoard shows as it is: it renders Markdown, where <think> would vanish and * mean bold."""
     return f"<pre>{html.escape(text)}</pre>"
@@ -223,7 +235,7 @@ def side_by_side(best: dict, worst: dict) -> str:
     """Two completions of one question as a TensorBoard table."""
     cells = ""
     for title, sample in (("best", best), ("worst", worst)):
-        rewards = "\n".join(f"{name} {value:.3g}" for name, value in sample["rewards"].items())
+        rewards = "\n".join(shown_rewards(sample))
         text = f"{title}, advantage {sample['advantage']:+.2f}\n{rewards}\n\n{sample['completion']}"
         cells += f"<td>{preformatted(text)}</td>"
     question = preformatted(f"{best['question']}\nlabel {best['label']}")
@@ -321,7 +333,7 @@ class Watch(TrainerCallback):
         """Called at the end of a step, before its checkpoint is saved, with the same figures in every process."""
         if "loss" not in logs:  # the closing totals
             return
-        if trouble := not_finite(logs):
+        if trouble := not_finite(logs, self.silent()):
             if self.board:
                 self.board.add_text("alarm/not_finite", preformatted(trouble), state.global_step)
             raise UserError(f"step {state.global_step}: {trouble}")
@@ -338,6 +350,10 @@ class Watch(TrainerCallback):
         if self.board:
             self.show_more(state.global_step)
             self.board.flush()  # a killed run keeps its curves
+
+    def silent(self) -> list[str]:
+        """The rewards that applied to nothing in this step."""
+        return []
 
     def measure(self, logs: dict) -> dict[str, float]:
         """What TRL logged for this step, under the names that TensorBoard shows, and the time."""
@@ -424,21 +440,35 @@ class Monitor(Watch):
             f"{recipe.QUESTIONS_PER_STEP} questions x {recipe.COMPLETIONS_PER_QUESTION} completions",
             math.ceil(recipe.EPOCHS * (train // recipe.QUESTIONS_PER_STEP)),
         )
+        if recipe.REWARD_MODEL:
+            unlabelled = sum(label is None for label in self.trainer.train_dataset["answer"])
+            print(f"judged by  {recipe.REWARD_MODEL}: {unlabelled} training questions without a label", flush=True)
+
+    def silent(self) -> list[str]:
+        """With a reward model, the rules on numbers where no question has a label, and the model where all have one."""
+        if not self.recipe.REWARD_MODEL:
+            return []
+        labels = [label is not None for label in self.trainer._logs["extra"]["label"]]
+        about_numbers = [] if any(labels) else ["digit_reward", "correctness_reward"]
+        return about_numbers + (["preference_reward"] if all(labels) else [])
 
     def measure(self, logs: dict) -> dict[str, float]:
-        """What TRL logged for this step and what it did not."""
+        """What TRL logged for this step and what it did not. A reward that applied to nothing has no figure."""
         means = {f"rewards/{name}/mean": f"reward/{name}" for name in self.trainer.reward_func_names}
         figures = super().measure(logs)
         figures |= {tag: logs[name] for name, tag in means.items() if logs.get(name) is not None}
         batch = self.trainer._logs  # the last generation batch of all processes
-        earned = {name: fmean(value > 0 for value in values) for name, values in batch["rewards"].items()}
-        figures["correctness/correct"] = earned.pop("correctness_reward")
-        earned.pop("language_reward")
-        figures["language/chinese"] = fmean(batch["rewards"]["language_reward"])
+        applied = {name: [v for v in values if not math.isnan(v)] for name, values in batch["rewards"].items()}
+        earned = {name: fmean(value > 0 for value in values) for name, values in applied.items() if values}
+        if "correctness_reward" in earned:
+            figures["correctness/correct"] = earned.pop("correctness_reward")
+        figures["language/chinese"] = fmean(applied["language_reward"])
+        for name in ("language_reward", "preference_reward"):  # shares, not something that is earned or not
+            earned.pop(name, None)
         figures |= {f"format/{name.removesuffix('_reward')}": share for name, share in earned.items()}
         figures["format/all"] = fmean(earned.values())
-        by_row, weights = zip(*batch["rewards"].values(), strict=True), self.recipe.REWARD_WEIGHTS
-        totals = [sum(map(mul, weights, rewards)) for rewards in by_row]
+        by_row, weights = zip(*batch["rewards"].values(), strict=True), self.trainer.reward_weights.tolist()
+        totals = [sum(w * r for w, r in zip(weights, row, strict=True) if not math.isnan(r)) for row in by_row]
         size = self.trainer.num_generations
         groups = [totals[start : start + size] for start in range(0, len(totals), size)]
         figures["reward/flat_groups"] = fmean(max(group) - min(group) < 1e-6 for group in groups)
@@ -449,9 +479,10 @@ class Monitor(Watch):
         return figures
 
     def say_step(self, row: dict[str, float]) -> str:
+        correct = f"{row['correctness/correct']:4.0%}" if "correctness/correct" in row else "   -"
         return (
             f"reward {row['reward/total']:.3f}"
-            f"  correct {row['correctness/correct']:4.0%}"
+            f"  correct {correct}"
             f"  format {row['format/soft_format']:4.0%}"
             f"  length {row['length/mean']:4.0f}"
             f"  cut off {row['length/cut_off']:4.0%}"
@@ -490,16 +521,17 @@ class Monitor(Watch):
             "label": labels[row] if labels else None,
             "completion": completion,
             "extracted": extract_answer(completion),
-            "rewards": {name: values[row] for name, values in batch["rewards"].items()},
+            "rewards": {
+                name: None if math.isnan(values[row]) else values[row] for name, values in batch["rewards"].items()
+            },
             "advantage": batch["advantages"][row],
         }
 
     def print_sample(self, sample: dict) -> None:
         """A completion as a person reads it."""
-        rewards = "  ".join(f"{name.removesuffix('_reward')} {value:.3g}" for name, value in sample["rewards"].items())
         print(f"  question   {sample['question']}  (label {sample['label']})")
         print("\n".join("  | " + line for line in sample["completion"].splitlines()))
-        print(f"  extracted  {sample['extracted']}   {rewards}", flush=True)
+        print(f"  extracted  {sample['extracted']}   {'  '.join(shown_rewards(sample))}", flush=True)
 
     def raise_alarms(self, step: int) -> None:
         """Say what looks wrong, in the console and in TensorBoard; what stays wrong is said again now and then."""

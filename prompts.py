@@ -24,12 +24,22 @@ SYSTEM_PROMPT = """\
 只写一个阿拉伯数字，不写单位
 </answer>"""
 
+# And this for a training question without a label, which REWARD_MODEL judges: its answer need not be a number.
+OPEN_SYSTEM_PROMPT = """\
+请先一步一步思考，再给出回答，严格按照下面的格式：
+<think>
+一步一步写出思考过程
+</think>
+<answer>
+只写给提问者的完整回答
+</answer>"""
+
 LARGEST_ANSWER = 10**15  # beyond it a label that some reader made a float is no longer exact
 
 
-def to_conversation(question: str) -> list[dict]:
+def to_conversation(question: str, system: str = SYSTEM_PROMPT) -> list[dict]:
     """The messages sent for one question. A plain string would get no chat template in TRL and never stop."""
-    return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
+    return [{"role": "system", "content": system}, {"role": "user", "content": question}]
 
 
 def read_split(dataset: str, split: str) -> Dataset:
@@ -54,11 +64,14 @@ def read_split(dataset: str, split: str) -> Dataset:
     return data[split]
 
 
-def load_questions(dataset: str, split: str) -> Dataset:
+def load_questions(dataset: str, split: str, unlabelled: bool = False) -> Dataset:
     """A checked split with the columns `prompt` (messages) and `answer` (int), each question once.
 
     A repeated row is dropped. Where labels of one question differ, at most one can be right and nobody knows which:
     all its rows are dropped. Both are said in a line.
+
+    Args:
+        unlabelled: take rows without a label too; their `answer` is None and their system prompt OPEN_SYSTEM_PROMPT.
 
     Raises:
         UserError: an unreadable data set, a missing split or column, an empty split, a row without a question
@@ -76,17 +89,18 @@ def load_questions(dataset: str, split: str) -> Dataset:
             )
     if len(rows) == 0:
         raise UserError(f"{where} is empty; give it rows, or pass another --dataset")
-    labels: dict[str, int] = {}
+    labels: dict[str, int | None] = {}
     contradicted = set()
     for index, (question, answer) in enumerate(zip(rows[QUESTION_COLUMN], rows[ANSWER_COLUMN], strict=True)):
         if not isinstance(question, str) or not question.strip():
             raise UserError(f"{where}, row {index}: {QUESTION_COLUMN} is {question!r}, not a question; fill or drop it")
-        if not is_label(answer) or abs(answer) >= LARGEST_ANSWER:
+        if not (answer is None and unlabelled or is_label(answer) and abs(answer) < LARGEST_ANSWER):
+            open_question = " (questions without a label: train only, with REWARD_MODEL)" if answer is None else ""
             raise UserError(
                 f"{where}, row {index}: {ANSWER_COLUMN} is {answer!r}, not an integer below {LARGEST_ANSWER:.0e}; "
-                "mend or drop it"
+                f"mend or drop it{open_question}"
             )
-        if labels.setdefault(question, int(answer)) != answer:
+        if labels.setdefault(question, None if answer is None else int(answer)) != answer:
             contradicted.add(question)
     if contradicted:
         first = next(question for question in labels if question in contradicted)
@@ -96,4 +110,5 @@ def load_questions(dataset: str, split: str) -> Dataset:
     kept = {question: label for question, label in labels.items() if question not in contradicted}
     if not kept:
         raise UserError(f"{where} has no usable row; pass another --dataset")
-    return Dataset.from_dict({"prompt": list(map(to_conversation, kept)), "answer": list(kept.values())})
+    systems = (OPEN_SYSTEM_PROMPT if label is None else SYSTEM_PROMPT for label in kept.values())
+    return Dataset.from_dict({"prompt": list(map(to_conversation, kept, systems)), "answer": list(kept.values())})

@@ -8,6 +8,10 @@ Where this differs from most copies of these rewards:
   4. The right answer outweighs all the rest (REWARD_WEIGHTS).
 
 Model output is untrusted: no text raises, and the work is linear in its length. A bad label does raise.
+
+A question may have no label (preference.py judges its answers, not by rules). Then the two rewards about its number are
+None, which TRL leaves out: all completions of a group share their question, so within a group it changes nothing. The
+others apply to every row.
 """
 
 import re
@@ -153,9 +157,10 @@ def hard_format_reward(completions: list[list[dict]], **kwargs) -> list[float]:
     return [0.5 if _is_hard_format(text) else 0.0 for text in _texts(completions)]
 
 
-def digit_reward(completions: list[list[dict]], **kwargs) -> list[float]:
-    """0.5 where the answer block holds exactly one number, right or wrong."""
-    return [0.0 if _answered_number(text) is None else 0.5 for text in _texts(completions)]
+def digit_reward(completions: list[list[dict]], **kwargs) -> list[float | None]:
+    """0.5 where the answer block holds exactly one number, right or wrong; None for a question without a label."""
+    pairs = zip(_texts(completions), kwargs.get("answer", [0] * len(completions)), strict=True)
+    return [None if label is None else 0.0 if _answered_number(text) is None else 0.5 for text, label in pairs]
 
 
 def is_label(value: object) -> bool:
@@ -163,8 +168,8 @@ def is_label(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and value % 1 == 0  # NaN and inf leave NaN
 
 
-def correctness_reward(completions: list[list[dict]], answer: list[int], **kwargs) -> list[float]:
-    """2.0 where the one number in the answer block equals the label. DeepSeek-R1's accuracy reward.
+def correctness_reward(completions: list[list[dict]], answer: list[int | None], **kwargs) -> list[float | None]:
+    """2.0 where the one number in the answer block equals the label; None without one. DeepSeek-R1's accuracy reward.
 
     Raises:
         ValueError: a label that is not an integral number, or not one label per completion. A wrong label would
@@ -173,12 +178,12 @@ def correctness_reward(completions: list[list[dict]], answer: list[int], **kwarg
     if len(answer) != len(completions):
         raise ValueError(f"{len(answer)} labels for {len(completions)} completions")
     for index, label in enumerate(answer):
-        if not is_label(label):
+        if label is not None and not is_label(label):
             raise ValueError(f"label {index} is {label!r}, not an integer")
     if "log_extra" in kwargs:  # TRL keeps it beside the completions, where the monitor finds it
         kwargs["log_extra"]("label", answer)
     pairs = zip(_texts(completions), answer, strict=True)
-    return [2.0 if _answered_number(text) == int(label) else 0.0 for text, label in pairs]
+    return [None if label is None else 2.0 if _answered_number(text) == int(label) else 0.0 for text, label in pairs]
 
 
 def language_reward(completions: list[list[dict]], prompts: list[list[dict]], **kwargs) -> list[float]:
@@ -192,6 +197,15 @@ def language_reward(completions: list[list[dict]], prompts: list[list[dict]], **
 
 REWARDS = [mark_reward, soft_format_reward, hard_format_reward, digit_reward, correctness_reward, language_reward]
 REWARD_MAXIMA = [0.5, 0.5, 0.5, 0.5, 2.0, 1.0]  # the most that each can give
+
+
+def weights_fit(weights: list[float]) -> bool:
+    """Whether they are one of 0 or more for each reward, and the language can earn at most a tenth of all."""
+    if len(weights) != len(REWARDS) or min(weights) < 0:
+        return False
+    earned = [weight * most for weight, most in zip(weights, REWARD_MAXIMA, strict=True)]
+    return earned[-1] <= sum(earned) / 10
+
 
 # The right answer is 6 of at most 8 points, 75 %. At equal weights it is 2 of 4: a wrong answer in perfect format then
 # earns half of everything, and training settles for that. The language is watched and not paid: it is up to you to

@@ -26,7 +26,7 @@ import demo
 import pretraining
 from console import UserError, check_ranges, check_types, constants_of, is_a, refuse_missing_folder, run
 from prompts import load_questions
-from rewards import REWARD_MAXIMA, REWARD_WEIGHTS, REWARDS
+from rewards import REWARD_WEIGHTS, REWARDS, weights_fit
 
 if TYPE_CHECKING:  # imported where they are used: `--help` and the one-line errors need no seconds to start
     import torch
@@ -69,6 +69,10 @@ LOSS_TYPE: Literal["dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "vespo"] 
 # whose deviation divides advantages; "group" blows up groups that differ in format only
 SCALE_REWARDS: Literal["batch", "group", "none"] = "batch"
 
+# Questions without a label
+REWARD_MODEL: str = ""  # hub id or folder of a model that scores answers, to judge theirs; "": there are none
+PREFERENCE_WEIGHT: float = 6.0  # of the rank in its group, from 0 to 1: the best earns what a right answer does
+
 # Completions
 MAX_PROMPT_TOKENS: int = 256  # longer training questions are dropped
 MAX_COMPLETION_TOKENS: int = 512  # at 256 more than half of this model's answers are cut off
@@ -100,6 +104,7 @@ def grpo_config(recipe: SimpleNamespace, on_cpu: bool, bf16: bool, accumulation:
     """The constants under TRL's names, and the few settings that are no choice."""
     from trl import GRPOConfig
 
+    weights = [*recipe.REWARD_WEIGHTS, recipe.PREFERENCE_WEIGHT] if recipe.REWARD_MODEL else recipe.REWARD_WEIGHTS
     config = GRPOConfig(
         **common_arguments(recipe, on_cpu, bf16, accumulation),
         lr_scheduler_type="cosine",
@@ -114,7 +119,7 @@ def grpo_config(recipe: SimpleNamespace, on_cpu: bool, bf16: bool, accumulation:
         scale_rewards=recipe.SCALE_REWARDS,
         use_vllm=recipe.USE_VLLM,
         vllm_mode="colocate",
-        reward_weights=recipe.REWARD_WEIGHTS,
+        reward_weights=weights,
     )
     config._n_gpu = min(config.n_gpu, 1)  # without a launcher: one GPU, not DataParallel, which TRL refuses
     return config
@@ -217,10 +222,7 @@ def make_recipe(flags: argparse.Namespace) -> SimpleNamespace:
 def check_constants(recipe: SimpleNamespace) -> None:
     """Raises UserError for the first constant of a wrong type or out of its range, or for what is not installed."""
     check_types(recipe, sys.modules[__name__])
-    weights = recipe.REWARD_WEIGHTS
-    weights_fit = is_a(weights, list[float]) and len(weights) == len(REWARDS) and min(weights) >= 0
-    earned = [weight * most for weight, most in zip(weights, REWARD_MAXIMA, strict=True)] if weights_fit else []
-    words = f"{len(REWARDS)} numbers of 0 or more, the last one's reward at most a tenth of all there is to earn"
+    words = f"{len(REWARDS)} numbers of 0 or more, the language's at most a tenth of all there is to earn"
     ranges = {  # of those that need not simply be above 0
         "SEED": ("from 0 to 2**32 - 1", 0 <= recipe.SEED < 2**32),
         "COMPLETIONS_PER_QUESTION": ("2 or more: one is its own baseline", recipe.COMPLETIONS_PER_QUESTION >= 2),
@@ -231,9 +233,12 @@ def check_constants(recipe: SimpleNamespace) -> None:
         "MAX_STEPS": ("-1, or 1 or more", recipe.MAX_STEPS == -1 or recipe.MAX_STEPS >= 1),
         "BETA": ("0 or more", recipe.BETA >= 0),
         "LORA_DROPOUT": ("from 0, below 1", 0 <= recipe.LORA_DROPOUT < 1),
-        "REWARD_WEIGHTS": (words, weights_fit and earned[-1] <= sum(earned) / 10),
+        "REWARD_MODEL": ("", True),
+        "REWARD_WEIGHTS": (words, is_a(recipe.REWARD_WEIGHTS, list[float]) and weights_fit(recipe.REWARD_WEIGHTS)),
     }
     check_ranges(vars(recipe), ranges, "train_grpo.py")
+    if recipe.REWARD_MODEL:
+        refuse_missing_folder(recipe.REWARD_MODEL, "REWARD_MODEL")
     if recipe.USE_VLLM and importlib.util.find_spec("vllm") is None:
         raise UserError("USE_VLLM = True needs vLLM: pip install vllm==0.30.0, or set it to False")
     if recipe.REPORT_TO != "none":
@@ -296,6 +301,7 @@ def main(argv: list[str] | None = None) -> None:
     from draw_curves import read_history
     from models import drop_long, load_model
     from monitor import Monitor
+    from preference import load_preference
     from rollout import Rollout
     from trainer import CarefulTrainer
 
@@ -307,13 +313,15 @@ def main(argv: list[str] | None = None) -> None:
             pretraining.provide(output / "base", flags.model, flags.dataset)
 
     # ---- data, model, trainer
-    train, test = load_questions(recipe.DATASET, "train"), load_questions(recipe.DATASET, "test")
+    train = load_questions(recipe.DATASET, "train", unlabelled=recipe.REWARD_MODEL != "")
+    test = load_questions(recipe.DATASET, "test")
     model, tokenizer = load_model(recipe.MODEL)
     fitting = drop_long(train, tokenizer, recipe.MAX_PROMPT_TOKENS, recipe.QUESTIONS_PER_STEP)
     rollout = Rollout(recipe.FAST_ROLLOUT)
+    preference = [load_preference(recipe, state.device, autocast)] if recipe.REWARD_MODEL else []
     trainer = CarefulTrainer(
         model=model,
-        reward_funcs=REWARDS,
+        reward_funcs=REWARDS + preference,
         args=grpo_config(recipe, state.device.type == "cpu", autocast is not None, accumulation),
         train_dataset=fitting,
         processing_class=tokenizer,

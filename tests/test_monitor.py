@@ -184,7 +184,7 @@ def test_tags_and_markup_show_in_tensorboard():
     sample = dict(zip(SAMPLE_KEYS, [7, "5分钟<多少秒", 300, text, "300", {"digit_reward": 0.5}, 1.5], strict=True))
     shown = markdown_to_safe_html(side_by_side(sample, sample | {"advantage": -0.5}))
     assert shown.count("<td>") == 2 and shown.count("&lt;think&gt;") == 2 and shown.count("&lt;/table&gt;") == 2
-    assert "5分钟&lt;多少秒\nlabel 300" in shown and "advantage -0.50\ndigit_reward 0.5" in shown
+    assert "5分钟&lt;多少秒\nlabel 300" in shown and "advantage -0.50\ndigit 0.5" in shown
 
 
 def test_resuming_drops_samples_that_will_be_made_again(tmp_path):
