@@ -196,6 +196,8 @@ TAGS = {  # TRL's name of a figure -> the group and the name under which TensorB
     "preference_score": "preference/score",
 }
 
+HELD_OUT = ["Margin", ["heldout/strict", "heldout/strict_low", "heldout/strict_high"]]  # with its interval
+
 
 def keep_samples_until(step: int, file: Path) -> None:
     """Drop what an interrupted run wrote after the checkpoint that is being continued, and a half-written line."""
@@ -227,8 +229,11 @@ def shown_rewards(sample: dict) -> list[str]:
 
 
 def preformatted(text: str) -> str:
-    """Text that TensorBoard shows as it is: it renders Markdown, where <think> would vanish and * mean bold."""
-    return f"<pre>{html.escape(text)}</pre>"
+    """Text that TensorBoard shows as it is, wrapped: it renders Markdown, where <think> would vanish and * mean bold.
+
+    In <pre> a line of Chinese would run off the screen, and the sanitizer leaves no style to mend that.
+    """
+    return f"<p>{html.escape(text).replace(chr(10), '<br>')}</p>"
 
 
 def side_by_side(best: dict, worst: dict) -> str:
@@ -246,7 +251,8 @@ def side_by_side(best: dict, worst: dict) -> str:
 class Watch(TrainerCallback):
     """Watches one run and writes what it sees to the console and to the run's folder: what all kinds of runs share.
 
-    A kind of run is a subclass with `say_step(row)`, the figures of a step in words, and `speed()`, for results.json.
+    A kind of run is a subclass with `say_step(row)`, the figures of a step in words, `speed()`, for results.json, and
+    `overview`, the curves that matter: title -> kind and tags, as SummaryWriter.add_custom_scalars takes them.
 
     Args:
         recipe: how often to look, at how many questions, and where to write.
@@ -270,6 +276,7 @@ class Watch(TrainerCallback):
         if trainer.is_world_process_zero():
             # purge_step hides what an interrupted run logged after the checkpoint that this one continues
             self.board = SummaryWriter(self.output / "runs", purge_step=self.begun + 1)
+            self.board.add_custom_scalars({"overview": self.overview})
             constants = "\n".join(f"{name} = {value!r}" for name, value in vars(recipe).items())
             self.board.add_text("recipe", preformatted(constants), self.begun)
         self.seconds_before = history[-1].get("speed/train_seconds", 0.0) if history else 0.0
@@ -425,6 +432,15 @@ class Watch(TrainerCallback):
 class Monitor(Watch):
     """Watches a run of train_grpo.py: the rewards besides, samples and alarms."""
 
+    overview = {
+        "reward": ["Multiline", ["reward/total"]],
+        "right answers among the samples": ["Multiline", ["correctness/correct"]],
+        "held-out accuracy": HELD_OUT,
+        "tokens of an answer": ["Multiline", ["length/mean"]],
+        "answers cut off, groups without spread": ["Multiline", ["length/cut_off", "reward/flat_groups"]],
+        "entropy": ["Multiline", ["training/entropy"]],
+    }
+
     def __init__(self, *args) -> None:
         super().__init__(*args)
         self.raised: dict[Callable, int] = {}  # alarm -> the step at which it was raised last
@@ -545,6 +561,12 @@ class Monitor(Watch):
 
 class SftMonitor(Watch):
     """Watches a run of train_sft.py."""
+
+    overview = {
+        "loss": ["Multiline", ["training/loss"]],
+        "tokens guessed right": ["Multiline", ["training/token_accuracy"]],
+        "held-out accuracy": HELD_OUT,
+    }
 
     def __init__(self, *args) -> None:
         super().__init__(*args)

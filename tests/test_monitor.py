@@ -11,12 +11,13 @@ import pytest
 from conftest import run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugin_util import markdown_to_safe_html
+from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.tensorboard import SummaryWriter
 
 import monitor
 from console import UserError
 from draw_curves import draw_curves, read_history
-from monitor import ALARMS, REPEAT, WINDOW, Monitor, not_finite, preformatted, side_by_side
+from monitor import ALARMS, REPEAT, WINDOW, Monitor, SftMonitor, not_finite, preformatted, side_by_side
 from rewards import REWARD_WEIGHTS, REWARDS
 
 SAMPLE_KEYS = ["step", "question", "label", "completion", "extracted", "rewards", "advantage"]
@@ -179,12 +180,27 @@ train_grpo.run(train_grpo.main)
 
 
 def test_tags_and_markup_show_in_tensorboard():
-    text = "<think>\n5*60=300，*5* _x_ `y`\n\n# 标题\n</think>\n<answer>300</answer></pre></td></table>"
-    assert "&lt;think&gt;\n5*60=300，*5* _x_ `y`\n\n# 标题\n&lt;/think&gt;" in markdown_to_safe_html(preformatted(text))
+    """Nothing is read as Markdown or HTML, lines stay lines, and nothing keeps the browser from wrapping long ones."""
+    text = "<think>\n5*60=300，*5* _x_ `y`\n\n# 标题\n</think>\n<answer>300</answer></p></td></table>"
+    assert "&lt;think&gt;<br>5*60=300，*5* _x_ `y`<br><br># 标题<br>&lt;/think&gt;" in markdown_to_safe_html(
+        preformatted(text)
+    )
     sample = dict(zip(SAMPLE_KEYS, [7, "5分钟<多少秒", 300, text, "300", {"digit_reward": 0.5}, 1.5], strict=True))
     shown = markdown_to_safe_html(side_by_side(sample, sample | {"advantage": -0.5}))
     assert shown.count("<td>") == 2 and shown.count("&lt;think&gt;") == 2 and shown.count("&lt;/table&gt;") == 2
-    assert "5分钟&lt;多少秒\nlabel 300" in shown and "advantage -0.50\ndigit 0.5" in shown
+    assert "5分钟&lt;多少秒<br>label 300" in shown and "advantage -0.50<br>digit 0.5" in shown
+    assert "<pre>" not in shown and "<code>" not in shown
+
+
+@pytest.mark.parametrize("watch", [Monitor, SftMonitor])
+def test_overview(watch, tmp_path):
+    """TensorBoard's overview tab has charts of these titles, each of its kind."""
+    with SummaryWriter(tmp_path) as board:
+        board.add_custom_scalars({"overview": watch.overview})
+    [layout] = EventAccumulator(str(tmp_path)).Reload().Tensors("custom_scalars__config__")
+    [category] = layout_pb2.Layout.FromString(layout.tensor_proto.string_val[0]).category
+    assert [chart.title for chart in category.chart] == list(watch.overview)
+    assert [bool(chart.margin.series) for chart in category.chart].count(True) == 1  # held-out, with its interval
 
 
 def test_resuming_drops_samples_that_will_be_made_again(tmp_path):
@@ -233,7 +249,8 @@ def test_what_a_run_leaves_to_look_at(demo_output):
     groups = {tag.partition("/")[0] for tag in events["scalars"]}
     assert groups == {"reward", "correctness", "format", "language", "length", "training", "speed", "heldout"}
     shown = {tag.removesuffix("/text_summary") for tag in events["tensors"]}
-    assert shown == {"recipe", "samples/group_1", "samples/group_2"}
+    assert shown == {"recipe", "samples/group_1", "samples/group_2", "custom_scalars__config__"}
+    assert {tag for _, tags in Monitor.overview.values() for tag in tags} <= set(events["scalars"])
     history = read_history(demo_output)
     assert [row["step"] for row in history] == [0, 1, 2, 3]
     assert [row["step"] for row in history if "heldout/strict" in row] == [0, 3]
