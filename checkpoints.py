@@ -25,18 +25,19 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 from safetensors import safe_open
-from transformers import Trainer, TrainerCallback
+from transformers import GenerationConfig, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 
 import prompts
 from console import UserError, first_line, note
+from model_card import modelfile
 
 # What a run leaves behind that nobody wants overwritten. `base/` (the demo's cache) does not count.
 TRAINED = ["checkpoint-*", "*.safetensors", "adapter"]
 # What a run writes before its first save, and may be begun again.
 BEGUN = ["results.json", "samples.jsonl", "runs", "curves.png", "recipe"]
 # What a killed run was about to write, or to delete.
-LEFTOVERS = [".tmp-checkpoint-*", ".tmp-old-checkpoint-*", ".tmp-model", ".tmp-*.json*"]
+LEFTOVERS = [".tmp-checkpoint-*", ".tmp-old-checkpoint-*", ".tmp-model", ".tmp-*.json*", ".tmp-README.md"]
 # Constants that make what the weights are: a checkpoint fits no others. All else may change when a run is resumed.
 # TRACES is train_sft.py's: neither script goes on with what the other has begun.
 UNFIT = {"MODEL", "TRACES", "USE_LORA", "LORA_RANK", "LORA_ALPHA", "LORA_MODULES"}
@@ -200,12 +201,17 @@ def check_disk(output: Path, model: torch.nn.Module, save_limit: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- recipe and results
-def write_json(path: Path, content: dict) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write all of it or nothing: readers never meet half a file."""
     temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     _sync(temporary)
     os.replace(temporary, path)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """The same for JSON."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def _read_json(path: Path) -> dict:
@@ -220,7 +226,7 @@ def read_results(output: Path) -> dict:
     return _read_json(output / "results.json") if (output / "results.json").is_file() else {}
 
 
-def _describe(recipe: SimpleNamespace) -> dict:
+def describe_recipe(recipe: SimpleNamespace) -> dict:
     """All that makes an experiment, as JSON gives it back."""
     names = ("SYSTEM_PROMPT", "OPEN_SYSTEM_PROMPT", "QUESTION_COLUMN", "ANSWER_COLUMN")
     asked = {name: getattr(prompts, name) for name in names}
@@ -234,12 +240,12 @@ def save_recipe(output: Path, recipe: SimpleNamespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for script in Path(__file__).parent.glob("*.py"):
         shutil.copy(script, folder)
-    write_json(folder / "recipe.json", _describe(recipe))
+    write_json(folder / "recipe.json", describe_recipe(recipe))
 
 
 def changed_constants(output: Path, recipe: SimpleNamespace) -> dict[str, tuple]:
     """The constants, prompt and versions that differ from what `output` was begun with: name -> (before, now)."""
-    before, now = _read_json(output / "recipe" / "recipe.json"), _describe(recipe)
+    before, now = _read_json(output / "recipe" / "recipe.json"), describe_recipe(recipe)
     old, new = (f"{described.pop('OUTPUT_DIR')}{os.sep}" for described in (before, now))
     for name, value in before.items():
         if isinstance(value, str) and value.startswith(old):  # the demo's model: the folder may have been moved
@@ -251,14 +257,23 @@ def changed_constants(output: Path, recipe: SimpleNamespace) -> dict[str, tuple]
     }
 
 
-def save_trained(trainer: Trainer, output: Path) -> None:
+def save_trained(trainer: Trainer, output: Path, max_tokens: int) -> None:
     """Save the model at the root of `output`; of an adapter also itself, in `adapter/`, and the model merged with it.
+
+    Whoever generates with it by default does so as it was evaluated: greedily, and through Ollama, by the Modelfile
+    beside it, under the prompt of the training and with at most `max_tokens` tokens.
 
     Raises:
         UserError: it cannot be written; the last checkpoint still holds it.
     """
     temporary, lora = output / ".tmp-model", isinstance(trainer.model, PeftModel)
-    trainer.model.config.use_cache = True  # the trainer switched it off; whoever loads the model wants it
+    model = trainer.model.get_base_model() if lora else trainer.model
+    model.config.use_cache = True  # the trainer switched it off; whoever loads the model wants it
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if "rope_theta" in rope:  # again where Ollama and transformers 4 look for it: without it they speak gibberish
+        model.config.rope_theta = rope["rope_theta"]
+    ends = {name: getattr(model.generation_config, name) for name in ("eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**ends)  # the base's would sample, and punish repetition
     # merged into rounded weights, small updates would be lost
     assert all(weight.dtype == torch.float32 for weight in trainer.model.parameters())
     try:
@@ -268,6 +283,7 @@ def save_trained(trainer: Trainer, output: Path) -> None:
         if lora:
             trainer.model.merge_and_unload().save_pretrained(temporary)
             trainer.processing_class.save_pretrained(temporary)
+        (temporary / "Modelfile").write_text(modelfile(trainer.processing_class, max_tokens), encoding="utf-8")
         for path in temporary.iterdir():
             _sync(path)
             if path.is_dir():  # no folder replaces another

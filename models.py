@@ -188,6 +188,11 @@ def encode(
     return ids["input_ids"]
 
 
+def render(tokenizer: PreTrainedTokenizerBase, conversation: list[dict]) -> str:
+    """The same as text, of one conversation."""
+    return tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+
+
 def count_tokens(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> list[tuple[int, int]]:
     """Tokens of each row's `prompt`, with the header of the assistant's turn, and of its `completion`, with its end."""
     prompts = encode(tokenizer, [row["prompt"] for row in rows])

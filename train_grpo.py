@@ -353,6 +353,7 @@ def carry_out(monitor: "Watch", results: dict, checkpoint: Path | None, out_of_m
 
     import checkpoints
     from draw_curves import draw_curves
+    from model_card import model_card
 
     recipe, trainer, output = monitor.recipe, monitor.trainer, monitor.output
     main_process = trainer.is_world_process_zero()
@@ -372,11 +373,12 @@ def carry_out(monitor: "Watch", results: dict, checkpoint: Path | None, out_of_m
             stop.leave(output, results | monitor.results())
 
         # ---- save, after
-        checkpoints.save_trained(trainer, output)
+        checkpoints.save_trained(trainer, output, recipe.MAX_COMPLETION_TOKENS)
         if main_process:
             results["after"], results["probe"]["after"] = monitor.examine("after", trainer.state.global_step)
             results |= monitor.results() | {"finished": True}
             checkpoints.write_json(output / "results.json", results)
+            checkpoints.write_text(output / "README.md", model_card(checkpoints.describe_recipe(recipe), results))
             monitor.print_summary(results)
     except torch.OutOfMemoryError as error:
         if not trainer.is_local_process_zero():  # maybe alone in this, and `run` lets only the first process speak

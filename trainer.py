@@ -71,20 +71,12 @@ class WholeCheckpoints:
             kept = ", ".join(path.name for path in list_checkpoints(output)) or "none"
             print(f"WARNING: {final.name} could not be saved ({fault}); kept: {kept}. Training goes on", flush=True)
 
-    def create_model_card(self, *args, **kwargs) -> None:
-        super().create_model_card(*args, **kwargs)
-        card, source = Path(self.args.output_dir, "README.md"), self.model.config._name_or_path
-        if self.args.should_save:  # TRL knows no name for a model from a folder, nor for one that stays in a folder
-            text = card.read_text(encoding="utf-8").replace("[None](https://huggingface.co/None)", f"`{source}`")
-            card.write_text(text.replace('model="None"', f'model="{self.args.output_dir}"'), encoding="utf-8")
-
     def _write(self, folder: Path) -> None:
         """Everything that resuming needs; each process writes its random state, the main one the rest."""
         if self.args.should_save:
             needed, free = checkpoint_bytes(self.model)[0], shutil.disk_usage(self.args.output_dir).free
             if free < needed:
                 raise OSError(f"{free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed")
-            self.create_model_card(model_name=Path(self.args.output_dir).name)
         self.save_model(str(folder), _internal_call=True)
         self._save_optimizer_and_scheduler(str(folder))
         self._save_scaler(str(folder))

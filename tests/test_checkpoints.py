@@ -417,8 +417,8 @@ def test_trained_model_that_cannot_be_saved(trainer, tmp_path, monkeypatch):
     """The end of a run on a full disk: one line that sends the user to --resume, and no half a model."""
     monkeypatch.setattr(trainer, "save_model", lambda folder: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(UserError, match="could not be saved .*No space left.*--resume"):
-        checkpoints.save_trained(trainer, tmp_path)
-    assert not list(tmp_path.glob("*.safetensors"))
+        checkpoints.save_trained(trainer, tmp_path, max_tokens=32)
+    assert not list(tmp_path.glob("*.safetensors")) and not (tmp_path / "Modelfile").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------- memory

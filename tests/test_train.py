@@ -52,10 +52,16 @@ def test_two_steps_as_a_user(demo_output, demo_base):
         assert f"{key}:" in done.stdout, value  # the summary is results.json
     for name in ("adapter_config.json", "adapter"):
         assert not (demo_output / name).exists()
-    for name in ("model.safetensors", "tokenizer.json", "runs", "samples.jsonl", "checkpoint-2", "README.md"):
+    for name in (
+        "model.safetensors",
+        "tokenizer.json",
+        "Modelfile",
+        "README.md",
+        "runs",
+        "samples.jsonl",
+        "checkpoint-2",
+    ):
         assert (demo_output / name).exists(), name
-    card = (demo_output / "README.md").read_text(encoding="utf-8")
-    assert f"a fine-tuned version of `{demo_output / 'base' / 'model'}`" in card and "None" not in card
     recipe = json.loads((demo_output / "recipe" / "recipe.json").read_text(encoding="utf-8"))
     assert {"MODEL", "LEARNING_RATE", "REWARD_WEIGHTS", "SYSTEM_PROMPT", "versions"} <= set(recipe)
     assert (demo_output / "recipe" / "rewards.py").read_text() == (ROOT / "rewards.py").read_text()

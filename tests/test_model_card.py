@@ -1,0 +1,140 @@
+"""What a finished run offers to others: the README's own data trained on, its model used by pipeline and by Ollama."""
+
+import json
+import re
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+from huggingface_hub import ModelCard
+
+import train_grpo
+from model_card import LAST_QUESTION, is_hub_id, model_card
+from models import load_model, render
+from prompts import SYSTEM_PROMPT, load_questions, to_conversation
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def block_with(text: str, page: str) -> str:
+    """The one block of code on a page that holds this text."""
+    [block] = [block for block in re.findall(r"^```\w+\n(.*?)^```", page, flags=re.M | re.S) if text in block]
+    return block
+
+
+@pytest.fixture(scope="module")
+def run(demo_base, tmp_path_factory) -> SimpleNamespace:
+    """One step of the demo's model on the data that the README pastes: its folder, data, recipe and results."""
+    folder = tmp_path_factory.mktemp("own")
+    paste = block_with("my_data/train.jsonl", README).split("python ")[0]
+    subprocess.run(["bash", "-euc", paste], cwd=folder, check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"QUESTIONS_PER_STEP": 2, "MAX_COMPLETION_TOKENS": 32, "BF16": False}.items():
+            patch.setattr(train_grpo, name, value)
+        data, output = folder / "my_data", folder / "run"
+        flags = ["--cpu", "--max-steps", "1", "--model", str(demo_base / "model"), "--dataset", str(data)]
+        train_grpo.main([*flags, "--output", str(output)])
+    read = {name: json.loads((output / path).read_text(encoding="utf-8")) for name, path in RECORDS.items()}
+    return SimpleNamespace(output=output, data=data, **read)
+
+
+RECORDS = {"recipe": "recipe/recipe.json", "results": "results.json", "config": "config.json"}
+
+
+def test_data_of_your_own(run):
+    """The README's rows are read as they stand there, three to train on and others to test with, and are learned."""
+    train, test = (load_questions(str(run.data), split) for split in ("train", "test"))
+    assert len(train) == 3 and all(label > 0 for label in train["answer"])
+    assert not {p[-1]["content"] for p in train["prompt"]} & {p[-1]["content"] for p in test["prompt"]}
+    assert run.results["finished"] and run.results["steps"] == 1 and run.results["after"]["n"] == len(test)
+
+
+# ------------------------------------------------------------------------------------------------------------- hub
+def test_card(run):
+    """What the hub reads at its top is valid and true; what people read has the run's own figures."""
+    card = ModelCard.load(run.output / "README.md")
+    data = card.data.to_dict()
+    assert data == {
+        "language": "zh",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["trl", "grpo"],
+    }  # a model and data from folders have no page on the hub, and no licence is made up
+    for when in ("before", "after"):
+        figures = run.results[when]
+        assert f"| {when} | {figures['strict']:.1%} | {figures['strict_ci95'][0]:.1%} to " in card.text
+    settings = ["| steps | 1, each of 2 questions x 8 completions |", "correctness_reward 3", "| seed | 42 |", "trl 1."]
+    assert all(words in card.text for words in settings)
+    assert str(run.output.parent) not in card.content  # folders of this machine are nobody else's business
+
+
+def test_card_of_other_runs(run):
+    """Names of the hub become metadata; supervised fine-tuning is called that and has no rewards; so with LoRA."""
+    recipe = run.recipe | {"MODEL": train_grpo.MODEL, "DATASET": train_grpo.DATASET, "USE_LORA": True}
+    card = ModelCard(model_card(recipe, run.results))
+    assert card.data.base_model == train_grpo.MODEL and card.data.datasets == [train_grpo.DATASET]
+    assert "LoRA rank 16" in card.text and f"{train_grpo.LORA_LEARNING_RATE:g} at its peak" in card.text
+    recipe = {k: v for k, v in recipe.items() if k != "REWARD_WEIGHTS"} | {"TRACES": "a/b.jsonl", "ROWS_PER_STEP": 16}
+    card = ModelCard(model_card(recipe, run.results))
+    assert card.data.tags == ["trl", "sft"] and "fine-tuning on b.jsonl" in card.text and "reward" not in card.text
+    assert is_hub_id("owner/name") and not any(map(is_hub_id, ["/a/b", "./a/b", "name", "a/b/c", str(run.output)]))
+
+
+@pytest.mark.parametrize("page", ["README.md", "card"])
+def test_pipeline(run, page, monkeypatch, capsys):
+    """The lines for transformers' pipeline, as the README and the card have them, give the run's own greedy answer."""
+    text = README if page == "README.md" else (run.output / "README.md").read_text(encoding="utf-8")
+    code = block_with("pipeline(", text)
+    monkeypatch.chdir(run.output if page == "card" else run.output.parent)
+    capsys.readouterr()
+    exec(code.replace('"output"', '"run"').replace("max_new_tokens=512", "max_new_tokens=32"), {})
+    assert capsys.readouterr().out.strip() == run.results["probe"]["after"].strip()
+
+
+def test_saved_for_other_programs(run):
+    """The rope's base stands where Ollama and transformers 4 look, and nothing samples or punishes by default."""
+    assert run.config["rope_theta"] == run.config["rope_parameters"]["rope_theta"]
+    model, tokenizer = load_model(str(run.output))
+    assert model.config.rope_parameters["rope_theta"] == run.config["rope_theta"]
+    generation = json.loads((run.output / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == tokenizer.eos_token_id and not generation.get("do_sample")
+    assert not {"temperature", "top_p", "top_k", "repetition_penalty"} & generation.keys()
+
+
+# ---------------------------------------------------------------------------------------------------------- Ollama
+def parse_modelfile(text: str) -> list[tuple[str, str]]:
+    """Its commands and their values, as Ollama's parser finds them."""
+    return [
+        (name, quoted or plain.strip('"'))
+        for name, quoted, plain in re.findall(
+            r'^(FROM|TEMPLATE|SYSTEM|PARAMETER \w+) (?:"""(.*?)"""|(.*?))$', text, flags=re.M | re.S
+        )
+    ]
+
+
+def test_modelfile(run):
+    """Ollama sends what chat.py sends, greedily, and stops where it stops."""
+    text = (run.output / "Modelfile").read_text(encoding="utf-8")
+    commands = dict(parse_modelfile(text))
+    _, tokenizer = load_model(str(run.output))
+    assert len(commands) == len(parse_modelfile(text)) == 7
+    assert commands["FROM"] == "." and commands["SYSTEM"] == SYSTEM_PROMPT
+    assert commands["PARAMETER stop"] == tokenizer.eos_token == "<|im_end|>"
+    assert [commands[f"PARAMETER {name}"] for name in ("temperature", "repeat_penalty", "num_predict")] == [
+        "0",
+        "1",
+        "32",
+    ]
+    template = commands["TEMPLATE"]
+    assert template.startswith(LAST_QUESTION)
+    filled = template.removeprefix(LAST_QUESTION).replace("{{ .System }}", SYSTEM_PROMPT)
+    question = "5分钟多少秒"
+    assert filled.replace("{{ $question }}", question) == render(tokenizer, to_conversation(question))
+
+
+def test_folder_is_what_ollama_reads(run):
+    """Ollama takes the weights by the name model*.safetensors, and the tokenizer by those of its files."""
+    names = {path.name for path in run.output.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "Modelfile"} <= names
+    assert run.config["architectures"] == ["Qwen2ForCausalLM"]
