@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCardData
 
+import prompts
 from models import render
-from prompts import SYSTEM_PROMPT
 from rewards import REWARDS
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def modelfile(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> str:
 # ollama create r1-zh -f Modelfile && ollama run r1-zh
 FROM .
 TEMPLATE """{LAST_QUESTION}{render(tokenizer, asked)}"""
-SYSTEM """{SYSTEM_PROMPT}"""
+SYSTEM """{prompts.SYSTEM_PROMPT}"""
 PARAMETER temperature 0
 PARAMETER repeat_penalty 1
 PARAMETER num_predict {max_tokens}
@@ -74,7 +74,7 @@ def model_card(recipe: dict, results: dict) -> str:
         "versions": ", ".join(f"{name} {version}" for name, version in recipe["versions"].items()),
     }
     if grpo:
-        weights = zip(REWARDS, recipe["REWARD_WEIGHTS"], strict=True)
+        weights = zip(REWARDS, recipe["REWARD_WEIGHTS"], strict=False)  # a study may leave out the sixth
         settings["weights of the rewards"] = ", ".join(f"{reward.__name__} {weight:g}" for reward, weight in weights)
     figures = [
         f"| {when} | {e['strict']:.1%} | {e['strict_ci95'][0]:.1%} to {e['strict_ci95'][1]:.1%} | {e['flexible']:.1%} "
@@ -110,7 +110,7 @@ and expects the system prompt that it was trained under:
 from transformers import pipeline
 
 SYSTEM_PROMPT = """\\
-{SYSTEM_PROMPT}"""
+{recipe["SYSTEM_PROMPT"]}"""
 messages = [{{"role": "system", "content": SYSTEM_PROMPT}}, {{"role": "user", "content": "{recipe["PROBE_QUESTION"]}"}}]
 answer = pipeline("text-generation", ".")(messages, max_new_tokens={recipe["MAX_COMPLETION_TOKENS"]})
 print(answer[0]["generated_text"][-1]["content"])
