@@ -74,7 +74,7 @@ def model_card(recipe: dict, results: dict) -> str:
         "versions": ", ".join(f"{name} {version}" for name, version in recipe["versions"].items()),
     }
     if grpo:
-        weights = zip(REWARDS, recipe["REWARD_WEIGHTS"], strict=False)  # a study may leave out the sixth
+        weights = zip(REWARDS, recipe["REWARD_WEIGHTS"], strict=True)
         settings["weights of the rewards"] = ", ".join(f"{reward.__name__} {weight:g}" for reward, weight in weights)
     figures = [
         f"| {when} | {e['strict']:.1%} | {e['strict_ci95'][0]:.1%} to {e['strict_ci95'][1]:.1%} | {e['flexible']:.1%} "
