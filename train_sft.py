@@ -14,6 +14,7 @@ Only the completion is learned, with its end. A trace is learned whole or droppe
 """
 
 import argparse
+import hashlib
 import json
 import random
 import sys
@@ -150,6 +151,11 @@ def read_rows(file: str, flag: str, convert: Callable[[dict], dict]) -> list[dic
     return rows
 
 
+def fingerprint(rows: list[dict]) -> str:
+    """What stands in the recipe for the rows that are learned: a file may change and keep its name."""
+    return f"{len(rows)} rows, sha256 {hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]}"
+
+
 def from_trace(line: dict) -> dict:
     """A line of make_traces.py, or one like it; its prompt is used as it stands."""
     prompt, completion = messages_of(line, "prompt"), messages_of(line, "completion")
@@ -235,6 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     train_grpo.check_folders(flags, recipe)
     traces = read_rows(recipe.TRACES, "--traces", from_trace)
     mix = read_rows(recipe.MIX, "--mix", from_conversation) if recipe.MIX else []
+    recipe.TRACES_READ, recipe.MIX_READ = fingerprint(traces), fingerprint(mix)  # --resume says where they differ
 
     from datasets import Dataset
     from transformers import PrinterCallback

@@ -432,7 +432,7 @@ def test_mark(text, mark):
     ],
 )
 def test_digit_and_correctness(text, digit, correctness):
-    assert score(digit_reward, text) == digit
+    assert score(digit_reward, text, answer=[0]) == digit
     assert score(correctness_reward, text, answer=[72]) == correctness
 
 
@@ -453,7 +453,15 @@ def test_long_labels_are_compared_exactly():
     assert not correct(block("7"), 10**5000)
 
 
-@pytest.mark.parametrize("label", ["72", None, True, numpy.True_, 72.5, float("nan"), float("inf"), 1j, [72], b"72"])
+def test_a_question_without_a_label():
+    """What is about its number is None, which is no 0.0; the rest applies to every row."""
+    rows = {"completions": [completion(HARD[0])] * 2, "prompts": [[{"role": "user", "content": ""}]] * 2}
+    values = {reward.__name__: reward(**rows, answer=[None, 72]) for reward in REWARDS}
+    assert values.pop("digit_reward") == [None, 0.5] and values.pop("correctness_reward") == [None, 2.0]
+    assert all(unlabelled == labelled > 0 for unlabelled, labelled in values.values())
+
+
+@pytest.mark.parametrize("label", ["72", True, numpy.True_, 72.5, float("nan"), float("inf"), 1j, [72], b"72"])
 def test_bad_labels_raise(label):
     with pytest.raises(ValueError) as error:
         correctness_reward([completion("")] * 3, answer=[1, label, 3])
@@ -570,7 +578,7 @@ def test_the_rewards_agree_with_each_other(text):
     soft, hard = score(soft_format_reward, text), score(hard_format_reward, text)
     assert hard <= soft and (soft == 0.0 or score(mark_reward, text) == 0.5)
     number = parse_number(extract_answer(text) or "")
-    assert (score(digit_reward, text) == 0.5) == (number is not None)
+    assert (score(digit_reward, text, answer=[0]) == 0.5) == (number is not None)
     assert number is None or find_numbers(extract_answer(text)) == [number]
 
 

@@ -199,6 +199,27 @@ def test_what_does_not_belong_together(train, whole_run, demo_base, careful, tmp
         train_grpo.main([*flags, "--dataset", str(demo_base / "data")])
 
 
+def test_other_rows_under_the_same_name(train, careful, tmp_path, capsys):
+    """What has changed in the traces or the mix is named when a run is resumed, and recorded; a field that is not
+    learned may change."""
+    traces, mix, output = tmp_path / "traces.jsonl", tmp_path / "mix.jsonl", tmp_path / "run"
+
+    def start(lines: list[dict], conversations: list[dict], *flags: object) -> list[str]:
+        train(output, "--mix", write(mix, conversations), *flags, traces=write(traces, lines))
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: from checkpoint")]
+
+    start(careful[:16], [chat("你好", "你好")], "--max-steps", 1)
+    assert not [line for line in start([line | {"right": 2} for line in careful[:16]], [chat("你好", "你好")],
+                                       "--resume", "--max-steps", 2) if "MAX_STEPS" not in line]  # fmt: skip
+    notes = start(careful[:15], [chat("你好", "再见")], "--resume", "--max-steps", 3)
+    assert [line.split(" is now ")[0] for line in notes] == [
+        f"note: from checkpoint-2 on {name}" for name in ("MAX_STEPS", "MIX_READ", "TRACES_READ")
+    ]
+    assert "'15 rows, sha256 " in notes[2] and "no longer '16 rows, sha256 " in notes[2]
+    recipes = [json.loads((output / "recipe" / f"{name}.json").read_text()) for name in ("recipe-until-2", "recipe")]
+    assert [recipe["TRACES_READ"][:7] for recipe in recipes] == ["16 rows", "15 rows"]
+
+
 # ------------------------------------------------------------------------------------------------------------ the rows
 def test_what_is_dropped_and_mixed_in(train, careful, demo_base, tmp_path, capsys):
     """Too long and test questions are dropped aloud, not cut; the mix is a share of the rows, of its last answers."""
