@@ -8,8 +8,10 @@ The R1 recipe (arXiv 2501.12948, GRPO: arXiv 2402.03300) as one flat file: edit 
   4. Rewards are scaled over the batch, so that a group which differs in format only is not blown up.
   5. Accuracy on held-out questions before, during and after, and alarms where the reward rises without it.
 
-    python train_grpo.py           # one CUDA GPU, Qwen2.5-0.5B-Instruct, Chinese GSM8K
-    python train_grpo.py --demo    # any laptop, no network: a tiny model learns the same way in minutes
+    python train_grpo.py                              # one CUDA GPU, Qwen2.5-0.5B-Instruct, Chinese GSM8K
+    python train_grpo.py --model Qwen/Qwen2.5-0.5B    # R1-Zero: the same from the base model
+    python train_grpo.py --demo                       # any laptop, no network: a tiny model learns the same in minutes
+    python train_grpo.py --demo --model output/demo/base/untaught --output output/zero    # R1-Zero there
 """
 
 import argparse

@@ -15,6 +15,7 @@ interrupted study. The table is printed, and written with all figures to pipelin
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -26,13 +27,13 @@ ROOT = Path(__file__).parent.parent
 
 STAGES = {  # folder -> what the table calls it, in the order of the commands
     "zero": "(a) base, GRPO: R1-Zero",
-    "cold-traces": "",
-    "cold": "(b) base, cold start",
+    "cold-traces": "(b) right answers of the base",
+    "cold": "(b) base, fine-tuned on them: cold start",
     "rl": "(b) then GRPO",
-    "traces": "",
-    "sft": "(b) base, fine-tuned on that model's traces",
-    "rl-again": "(b) then GRPO again: R1",
-    "distilled": "(c) student, fine-tuned on the same traces",
+    "traces": "(b) right answers of that",
+    "sft": "(b) base, fine-tuned on them",
+    "rl-again": "(b) then GRPO: R1",
+    "distilled": "(c) student, fine-tuned on the same: distillation",
     "student": "(c) student, GRPO instead",
 }
 
@@ -63,13 +64,20 @@ def carry_out(folder: Path, command: list[str]) -> None:
         return
     print(f"$ python {shlex.join(command)}", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
-    began = time.perf_counter()
+    began, used = time.perf_counter(), cpu_seconds()
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
-    done.write_text(json.dumps(round(time.perf_counter() - began, 1)))
+    seconds = {"wall": time.perf_counter() - began, "cpu": cpu_seconds() - used}
+    done.write_text(json.dumps({name: round(value, 1) for name, value in seconds.items()}))
+
+
+def cpu_seconds() -> float:
+    """What all finished stages of this process have computed, which tells more than a clock on a busy machine."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def read_stage(folder: Path) -> dict:
-    """`{"seconds", "before", "after"}` of a finished stage; traces have neither accuracy, but their number."""
+    """`{"seconds": {"wall", "cpu"}, "before", "after"}` of a finished stage; traces have a number instead."""
     figures = {"seconds": json.loads((folder / "seconds.json").read_text(encoding="utf-8"))}
     if (folder / "results.json").exists():
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
@@ -78,31 +86,30 @@ def read_stage(folder: Path) -> dict:
 
 
 def table(runs: dict[int, dict]) -> list[str]:
-    """Held-out strict accuracy after each stage, % with its 95 % interval, and how long it took.
+    """Held-out strict accuracy after each stage, % with its 95 % interval, and the seconds that a core worked for it.
 
     Args:
         runs: seed -> stage -> what `read_stage` says.
     """
 
-    def row(title: str, stage: str, when: str) -> str:
-        cells, seconds = [], " / ".join(f"{stages[stage]['seconds']:.0f}" for stages in runs.values())
-        for stages in runs.values():
-            low, high = stages[stage][when]["strict_ci95"]
-            cells.append(f"{100 * stages[stage][when]['strict']:.1f} ({100 * low:.1f} to {100 * high:.1f})")
-        return f"| {title} | {' | '.join(cells)} | {seconds if when == 'after' else ''} |"
+    def row(title: str, stage: str, what: str) -> str:
+        figures = [stages[stage] for stages in runs.values()]
+        cells = [f"{each[what]} traces" if what == "traces" else accuracy(each[what]) for each in figures]
+        seconds = "" if what == "before" else " / ".join(f"{each['seconds']['cpu']:.0f}" for each in figures)
+        return f"| {title} | {' | '.join(cells)} | {seconds} |"
 
-    lines = [f"| stage | {' | '.join(f'seed {seed}' for seed in runs)} | seconds |", "| --- " * (len(runs) + 2) + "|"]
-    lines.append(row("untaught base", "zero", "before"))
+    lines = [f"| stage | {' | '.join(f'seed {seed}' for seed in runs)} | CPU seconds |"]
+    lines.append("| --- " * (len(runs) + 2) + "|")
     for stage, title in STAGES.items():
-        if stage == "distilled":
-            lines.append(row("untaught student", "student", "before"))
-        if title:
-            lines.append(row(title, stage, "after"))
-        else:
-            cells = [f"{stages[stage]['traces']} traces" for stages in runs.values()]
-            seconds = " / ".join(f"{stages[stage]['seconds']:.0f}" for stages in runs.values())
-            lines.append(f"| (b) rejection sampling | {' | '.join(cells)} | {seconds} |")
+        if stage in ("zero", "distilled"):  # the first from its base
+            lines.append(row("base" if stage == "zero" else "student", stage, "before"))
+        lines.append(row(title, stage, "traces" if "traces" in stage else "after"))
     return lines
+
+
+def accuracy(figures: dict) -> str:
+    low, high = (100 * share for share in figures["strict_ci95"])
+    return f"{100 * figures['strict']:.1f} ({low:.1f} to {high:.1f})"
 
 
 def main() -> None:

@@ -58,10 +58,10 @@ def test_it_goes_on_where_it_was_stopped(ran, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert len(ran) == 2 * len(study.STAGES) and said.count("$ python ") == len(ran)
     table = said.rpartition("| stage |")[2].splitlines()
-    assert table[0] == " seed 0 | seed 1 | seconds |"
-    assert "| untaught base | 0.0 (43.7 to 56.3) | 0.0 (43.7 to 56.3) |  |" in table
+    assert table[0] == " seed 0 | seed 1 | CPU seconds |"
+    assert "| base | 0.0 (43.7 to 56.3) | 0.0 (43.7 to 56.3) |  |" in table
     assert "| (b) then GRPO | 50.0 (43.7 to 56.3) | 50.0 (43.7 to 56.3) | 0 / 0 |" in table
-    assert "| (b) rejection sampling | 3 traces | 3 traces | 0 / 0 |" in table
+    assert "| (b) right answers of that | 3 traces | 3 traces | 0 / 0 |" in table
     assert len(table) == 2 + len(study.STAGES) + 2  # the two bases before
     runs = json.loads((tmp_path / "pipeline.json").read_text())
     assert list(runs) == ["0", "1"] and list(runs["1"]) == list(study.STAGES)
