@@ -269,9 +269,6 @@ def save_trained(trainer: Trainer, output: Path, max_tokens: int) -> None:
     temporary, lora = output / ".tmp-model", isinstance(trainer.model, PeftModel)
     model = trainer.model.get_base_model() if lora else trainer.model
     model.config.use_cache = True  # the trainer switched it off; whoever loads the model wants it
-    rope = getattr(model.config, "rope_parameters", None) or {}
-    if "rope_theta" in rope:  # again where Ollama and transformers 4 look for it: without it they speak gibberish
-        model.config.rope_theta = rope["rope_theta"]
     ends = {name: getattr(model.generation_config, name) for name in ("eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**ends)  # the base's would sample, and punish repetition
     # merged into rounded weights, small updates would be lost

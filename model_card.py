@@ -112,7 +112,8 @@ from transformers import pipeline
 SYSTEM_PROMPT = """\\
 {recipe["SYSTEM_PROMPT"]}"""
 messages = [{{"role": "system", "content": SYSTEM_PROMPT}}, {{"role": "user", "content": "{recipe["PROBE_QUESTION"]}"}}]
-answer = pipeline("text-generation", ".")(messages, max_new_tokens={recipe["MAX_COMPLETION_TOKENS"]})
+limits = {{"max_new_tokens": {recipe["MAX_COMPLETION_TOKENS"]}, "do_sample": False}}
+answer = pipeline("text-generation", ".")(messages, **limits)
 print(answer[0]["generated_text"][-1]["content"])
 ```
 

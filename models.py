@@ -72,6 +72,9 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedM
 
     model, tokenizer = _load(AutoModelForCausalLM, name, dtype)
     model.config.use_cache = True  # a Trainer leaves False in the checkpoints that it writes
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if "rope_theta" in rope:  # saved once more where Ollama and transformers 4 look for it, at the top of config.json
+        model.config.rope_theta = rope["rope_theta"]
     return model, tokenizer
 
 
