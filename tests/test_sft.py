@@ -212,7 +212,7 @@ def test_other_rows_under_the_same_name(train, careful, tmp_path, capsys):
     assert not [line for line in start([line | {"right": 2} for line in careful[:16]], [chat("你好", "你好")],
                                        "--resume", "--max-steps", 2) if "MAX_STEPS" not in line]  # fmt: skip
     notes = start(careful[:15], [chat("你好", "再见")], "--resume", "--max-steps", 3)
-    assert [line.split(" is now ")[0] for line in notes] == [
+    assert [line.split(" is ")[0] for line in notes] == [
         f"note: from checkpoint-2 on {name}" for name in ("MAX_STEPS", "MIX_READ", "TRACES_READ")
     ]
     assert "'15 rows, sha256 " in notes[2] and "no longer '16 rows, sha256 " in notes[2]
