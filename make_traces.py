@@ -194,11 +194,16 @@ def write(path: Path, rows: list[dict]) -> None:
 
 
 def append(path: Path, rows: list[dict]) -> None:
-    """Add lines, on the disk when this returns."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
+    """Add lines, on the disk when this returns. Raises UserError where that is full; a torn line is no loss."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(
+            f"cannot write {str(path)!r}: {first_line(error)}; mend that, and the same command goes on"
+        ) from error
 
 
 # --------------------------------------------------------------------------------------------------------- the model

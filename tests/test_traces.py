@@ -1,12 +1,15 @@
 """make_traces.py: any form of answer is read, right and readable ones are kept, and no kill loses what was drawn."""
 
 import json
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import error_line, run_script
+from conftest import ROOT, error_line, run_script
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
@@ -160,6 +163,34 @@ def test_script(taught):
     assert (log.read_bytes(), traces.read_bytes()) == whole
     line = error_line(run_script(*command, "--seed", 7, expect=2))
     assert "seed 42" in line and "7" in line and "--output" in line
+
+
+def test_kill_9(taught, tmp_path):
+    """Killed at any moment, it loses the batch in work and nothing else: the same command ends with the same bytes."""
+    script = "import make_traces; make_traces.QUESTIONS = 3; make_traces.run(make_traces.main)"
+    flags = ["--demo", "--cpu", "--limit", "30", "--seed", "3", "--output"]
+    endings = []
+    for name, kills in (("whole", 0), ("killed", 3)):
+        folder = tmp_path / name
+        shutil.copytree(taught / "base", folder / "base")
+        for kill in range(kills):
+            killed = subprocess.Popen([sys.executable, "-c", script, *flags, folder], cwd=ROOT, stdout=subprocess.PIPE)
+            for line in killed.stdout:
+                if line.startswith(b"question"):
+                    time.sleep(0.1 * kill)
+                    break
+            killed.kill()
+            killed.wait()
+        run_script("-c", script, *flags, folder)
+        endings.append([(folder / file).read_bytes() for file in ("questions.jsonl", "traces.jsonl")])
+    assert endings[0] == endings[1]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_full_disk():
+    """One line that says what to do; what a torn write leaves is dropped at the next start, as after a kill."""
+    with pytest.raises(UserError, match="No space left on device.*the same command goes on"):
+        make_traces.append(Path("/dev/full"), [{"question": "5分钟多少秒"}])
 
 
 @pytest.mark.parametrize("kind", ["a saved model", "an adapter"])
