@@ -14,7 +14,7 @@ from model_card import LAST_QUESTION, is_hub_id, model_card
 from models import load_model, render
 from prompts import SYSTEM_PROMPT, load_questions, to_conversation
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/recipe.md"))
 
 
 def block_with(text: str, page: str) -> str:

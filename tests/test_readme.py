@@ -1,4 +1,4 @@
-"""The README's commands can be typed: every file, flag and constant that it names exists."""
+"""The commands of the READMEs and of docs/ can be typed: every file, flag and constant that they name exists."""
 
 import re
 import shlex
@@ -8,8 +8,8 @@ from conftest import ROOT, run_script
 
 import train_grpo
 
-PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-README = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+PAGES = {page: page.read_text(encoding="utf-8") for page in [*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md")]}
+README = "\n".join(PAGES.values())
 BLOCKS = re.findall(r"^```(?:bash|sh)\n(.*?)^```", README, flags=re.M | re.S)
 COMMANDS = sorted({line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if ".py" in line})
 
@@ -62,6 +62,23 @@ def test_constants_exist():
 
 
 def test_files_exist():
-    """Pictures and files that the README links to are in the repository."""
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+    """Pictures and files that a page links to are in the repository."""
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            assert target.startswith("https://") or (page.parent / target).exists(), f"{target} in {page.name}"
+
+
+def test_twins():
+    """The Chinese README is the English one: the same commands, outputs, links, and the same names in the tables."""
+    english, chinese = (PAGES[ROOT / name] for name in ("README.md", "README.zh.md"))
+    assert commands(english) and commands(english) == commands(chinese)
+    for pattern in (r"^```text\n.*?^```", r"^```python\n.*?^```", r"\]\([^)]+\.(?:md|png)\)", r"^\| (`[^|]+`) \|"):
+        found = [sorted(re.findall(pattern, text, flags=re.M | re.S)) for text in (english, chinese)]
+        assert {*found[0]} and {*found[0]} ^ {*found[1]} <= {"](README.md)", "](README.zh.md)"}
+    assert len(english.splitlines()) <= 230
+
+
+def commands(text: str) -> set[str]:
+    """The lines of the shell blocks, without their comments."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.M | re.S)
+    return {line.split("  #")[0].strip() for block in blocks for line in block.splitlines()}
