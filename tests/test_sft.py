@@ -3,6 +3,9 @@
 import ast
 import json
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -67,6 +70,7 @@ def train(demo_base, careful, tmp_path_factory):
     data["test"] = data["test"].select(range(8))
     data.save_to_disk(folder / "data")
     traces = write(folder / "traces.jsonl", careful[:20])
+    common = ["--model", demo_base / "model", "--dataset", folder / "data", "--cpu", "--max-steps", "5"]
 
     def run(output: Path, *flags: object, traces: Path = traces, **constants: object) -> CarefulSFTTrainer:
         trainers, stop = [], checkpoints.StopSignals.__init__
@@ -74,10 +78,10 @@ def train(demo_base, careful, tmp_path_factory):
             patch.setattr(checkpoints.StopSignals, "__init__", lambda self, t: trainers.append(t) or stop(self, t))
             for name, value in (SMALL | SHARED | constants).items():
                 patch.setattr(train_sft if hasattr(train_sft, name) else train_grpo, name, value)
-            common = ["--traces", traces, "--model", demo_base / "model", "--dataset", folder / "data", "--cpu"]
-            train_sft.main([*map(str, common), "--output", str(output), "--max-steps", "5", *map(str, flags)])
+            train_sft.main([*map(str, common), "--traces", str(traces), "--output", str(output), *map(str, flags)])
         return trainers[0]
 
+    run.command = [*common, "--traces", traces]
     return run
 
 
@@ -186,6 +190,28 @@ def test_interrupted_run_ends_bit_identical(train, whole_run, tmp_path, monkeypa
     for tag in ("training/loss", "training/token_accuracy", "heldout/strict"):
         assert [row.get(tag) for row in resumed] == [row.get(tag) for row in whole]
     assert json.loads((output / "results.json").read_text())["finished"]
+
+
+def test_kill_9(train, whole_run, tmp_path):
+    """Killed at any moment after its first save, it goes on from a whole checkpoint to the same end."""
+    constants = "; ".join(
+        f"{'train_sft' if hasattr(train_sft, name) else 'train_grpo'}.{name} = {value!r}"
+        for name, value in (SMALL | SHARED).items()
+    )
+    script = f"import train_grpo, train_sft; {constants}; train_sft.run(train_sft.main)"
+    command = ["-c", script, *train.command, "--output", tmp_path / "run"]
+    for kill in range(2):  # of five steps
+        resume = ["--resume"] * any((tmp_path / "run").glob("checkpoint-*"))
+        started = [sys.executable, *map(str, command), *resume]
+        with subprocess.Popen(started, cwd=ROOT, stdout=subprocess.PIPE) as killed:
+            for line in killed.stdout:
+                if line.startswith(b"step ") and any((tmp_path / "run").glob("checkpoint-*")):
+                    time.sleep(0.03 * kill)
+                    break
+            killed.kill()
+        assert not (tmp_path / "run" / "model.safetensors").exists()  # it was killed on the way
+    run_script(*command, "--resume")
+    assert (tmp_path / "run/model.safetensors").read_bytes() == (whole_run.output / "model.safetensors").read_bytes()
 
 
 def test_what_does_not_belong_together(train, whole_run, demo_base, careful, tmp_path):
