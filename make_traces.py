@@ -251,6 +251,10 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     flags = parser.parse_args(argv)
     if "test" in flags.split.lower():
         raise UserError(f"--split {flags.split}: test questions measure, and must never be learned; use train")
+    if flags.free and flags.demo and not flags.model:
+        raise UserError(
+            "--free --demo: the demo's model has never seen a \\boxed{}; leave out --free, or name a --model"
+        )
     if flags.limit is not None and flags.limit < 1:
         raise UserError(f"--limit {flags.limit}: at least 1 question is needed")
     constants = constants_of(sys.modules[__name__])

@@ -235,6 +235,7 @@ def test_nothing_kept(demo_output):
     [
         (["--split", "test"], "test questions measure"),
         (["--limit", "0"], "--limit 0"),
+        (["--free", "--demo"], "leave out --free"),
         (["--model", "./nowhere", "--output", "{output}"], "'./nowhere'"),
         (["--output", __file__], "cannot be used"),
     ],
