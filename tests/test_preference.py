@@ -261,7 +261,8 @@ mine = slice(first, first + 3)
 ranks = reward(
     prompts=[[{"role": "user", "content": "?"}]] * 3, answer=labels[mine],
     completions=[[{"role": "assistant", "content": f"</think>{text}"}] for text in texts[mine]])
-print("RANKS", os.environ["RANK"], json.dumps(ranks), flush=True)
+with open(sys.argv[2] + os.environ["RANK"], "w") as file:  # not printed: two processes would mix their lines
+    json.dump(ranks, file)
 """
 
 
@@ -269,10 +270,12 @@ def test_a_group_may_be_split_over_two_processes(judge, tmp_path):
     (tmp_path / "split.py").write_text(SPLIT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, tmp_path / "split.py", judge], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+        [*command, tmp_path / "split.py", judge, tmp_path / "ranks-"], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
         text=True, timeout=300,
     )  # fmt: skip
-    assert "RANKS 0 [0.0, 1.0, 0.0]" in done.stdout and "RANKS 1 [1.0, null, null]" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    ranks = [json.loads((tmp_path / f"ranks-{rank}").read_text()) for rank in range(2)]
+    assert ranks == [[0.0, 1.0, 0.0], [1.0, None, None]]
 
 
 # --------------------------------------------------------------------------------------------------- what is refused
