@@ -263,6 +263,8 @@ ranks = reward(
     completions=[[{"role": "assistant", "content": f"</think>{text}"}] for text in texts[mine]])
 with open(sys.argv[2] + os.environ["RANK"], "w") as file:  # not printed: two processes would mix their lines
     json.dump(ranks, file)
+PartialState().wait_for_everyone()  # one that is gone ends the other with an error
+torch.distributed.destroy_process_group()
 """
 
 
@@ -270,11 +272,12 @@ def test_a_group_may_be_split_over_two_processes(judge, tmp_path):
     (tmp_path / "split.py").write_text(SPLIT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, tmp_path / "split.py", judge, tmp_path / "ranks-"], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
-        text=True, timeout=300,
+        [*command, tmp_path / "split.py", judge, tmp_path / "ranks-"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    ranks = [json.loads((tmp_path / f"ranks-{rank}").read_text()) for rank in range(2)]
+    files = [tmp_path / f"ranks-{rank}" for rank in range(2)]
+    assert all(file.exists() for file in files), done.stderr
+    ranks = [json.loads(file.read_text()) for file in files]
     assert ranks == [[0.0, 1.0, 0.0], [1.0, None, None]]
 
 
