@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from rollout import AnySampler
 
 
+Z = 1.959964  # standard errors on each side of a 95 % interval
+
+
 def interval(share: float, n: int) -> list[float]:
     """95 % interval of a share seen in n trials (Wilson 1927); within [0, 1] even at 0 and 1."""
-    z = 1.959964
-    center, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return [(center + sign * spread) / (1 + z * z / n) for sign in (-1, 1)]
+    center, spread = share + Z * Z / (2 * n), Z * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n))
+    return [(center + sign * spread) / (1 + Z * Z / n) for sign in (-1, 1)]
 
 
 def grade(completion: str, label: int) -> dict:
@@ -141,7 +143,7 @@ def summarize_samples(drawn: list[list[dict]]) -> dict:
     shares = [fmean(answer["strict"] for answer in answers) for answers in drawn]
     mean, passed = fmean(shares), sum(share > 0 for share in shares) / n
     if 0 < mean < 1:
-        spread = 1.959964 * stdev(shares) / math.sqrt(n) if n > 1 else 1.0
+        spread = Z * stdev(shares) / math.sqrt(n) if n > 1 else 1.0
         mean_interval = [max(mean - spread, 0.0), min(mean + spread, 1.0)]
     else:  # no spread was seen, which is not none
         mean_interval = interval(mean, n)

@@ -82,11 +82,11 @@ def check_ranges(constants: dict[str, Any], ranges: dict[str, tuple[str, bool]],
 
 
 def is_a(value: Any, kind: Any) -> bool:
-    """Whether a value is what an annotation says. True and NaN are no numbers."""
+    """Whether a value is what an annotation says. True and NaN are no numbers, and a list holds no empty text."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     if get_origin(kind) in (list, tuple):
-        return isinstance(value, list | tuple) and all(is_a(each, get_args(kind)[0]) for each in value)
+        return isinstance(value, list | tuple) and all(is_a(each, get_args(kind)[0]) and each != "" for each in value)
     if kind is float:
         return type(value) in (int, float) and math.isfinite(value)
     return type(value) is kind

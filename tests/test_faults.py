@@ -109,6 +109,7 @@ def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> Non
         ("LORA_DROPOUT", 1),
         ("USE_LORA", "False"),
         ("LORA_MODULES", "q_proj"),
+        ("LORA_MODULES", [""]),
         ("LOSS_TYPE", "ppo"),
         ("SCALE_REWARDS", None),
         ("MODEL", ""),
