@@ -13,6 +13,7 @@ import random
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -88,10 +89,14 @@ def mutate(text: str, texts: list[str], rng: random.Random) -> str:
     return text[:20_000]  # doubled again and again
 
 
-def find_fault(text: str, label: int) -> str | None:
-    """What is wrong with the rewards of this completion; None where nothing is."""
+def earn(text: str, label: int) -> dict[Callable, float]:
+    """What each reward gives to this completion."""
     completion = [[{"role": "assistant", "content": text}]]
-    worth = {reward: reward(completion, answer=[label])[0] for reward in VALUES}
+    return {reward: reward(completion, answer=[label])[0] for reward in VALUES}
+
+
+def find_fault(text: str, label: int, worth: dict[Callable, float]) -> str | None:
+    """What is wrong with the rewards of this completion; None where nothing is."""
     for reward, values in VALUES.items():
         if worth[reward] not in values:
             return f"{reward.__name__} is {worth[reward]}"
@@ -131,15 +136,15 @@ def main(argv: list[str] | None = None) -> None:
             label = int(number)
         begun = time.process_time()
         try:
-            fault = find_fault(text, label)
+            worth = earn(text, label)
+            fault = find_fault(text, label, worth)
         except Exception as error:  # any is a find
             fault = f"{type(error).__name__}: {error}"
         slowest = max(slowest, (time.process_time() - begun) / max(len(text), 1000) * 1e6)
         if fault:
             raise UserError(f"{fault}; label {label}, completion {text!r}")
         characters += len(text)
-        completion = [[{"role": "assistant", "content": text}]]
-        earned.update(reward.__name__ for reward in VALUES if reward(completion, answer=[label])[0])
+        earned.update(reward.__name__ for reward in VALUES if worth[reward])
     seconds = time.process_time() - start
     what = f"mutations of {len(texts)} completions of {flags.texts}" if texts else "built of pieces"
     print(f"completions   {flags.count}, {what}, seed {flags.seed}")
