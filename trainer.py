@@ -19,21 +19,30 @@ from trl import GRPOTrainer, SFTTrainer
 from checkpoints import attempt, checkpoint_bytes, list_checkpoints, publish, rotate
 from console import UserError
 
+CPU_TILE = 2048  # columns of logits that TRL's LM head computes at a time on a CPU, so that a tile stays in its caches
+
 
 @contextmanager
-def labelled_positions_only() -> Iterator[None]:
-    """Within it TRL's LM head projects the labelled positions only, as it does on CUDA anyway.
+def lean_lm_head(device: torch.device, labelled_only: bool = True) -> Iterator[None]:
+    """Within it TRL's LM head, which at a vocabulary of 150,000 was 40 % of a CPU's work, computes the same with less.
 
-    Elsewhere it projects all, prompts and padding included, because some devices compile for every new shape. A CPU
-    does not, and at a vocabulary of 150,000 the head is 40 % of its work. Left at once, so that nobody else's training
-    (the demo's base) rounds another way.
+    On CUDA it has a kernel of its own. Elsewhere it computes tiles of 32,768 columns, each operation on 200 MB, and
+    projects all positions, prompts and padding included, because some devices compile for every new shape. A CPU does
+    not. Left at once, so that nobody else's training (the demo's base) rounds another way.
+
+    Args:
+        labelled_only: project the labelled positions only; False leaves the rounding as TRL's.
     """
-    every_position = trl.trainer.utils._use_triton
-    trl.trainer.utils._use_triton = lambda device: True
+    utils = trl.trainer.utils
+    before = utils._use_triton, utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    if labelled_only:
+        utils._use_triton = lambda device: True  # which decides only this there; the kernels ask for themselves
+    if device.type == "cpu":
+        utils._CHUNKED_LOGPROB_CHUNK_SIZE = CPU_TILE
     try:
         yield
     finally:
-        trl.trainer.utils._use_triton = every_position
+        utils._use_triton, utils._CHUNKED_LOGPROB_CHUNK_SIZE = before
 
 
 class WholeCheckpoints:
@@ -147,7 +156,7 @@ class CarefulTrainer(WholeCheckpoints, GRPOTrainer):
             columns = start[rows, None] + torch.arange(width, device=input_ids.device)
             ids = input_ids[rows].gather(1, columns.clamp(max=input_ids.size(1) - 1))
             here = (columns >= prompt_columns) & (columns < (start + length)[rows, None])  # completion tokens
-            with self.accelerator.autocast(), labelled_positions_only():
+            with self.accelerator.autocast(), lean_lm_head(input_ids.device):
                 outputs = model(input_ids=ids, labels=ids.masked_fill(~here, -100), fused_lm_head=True)
             row, column = scored[rows].nonzero(as_tuple=True)  # in the order of here.nonzero()
             # outputs are [chunk, width - 1], for the tokens from the second one on
@@ -198,6 +207,10 @@ class CarefulTrainer(WholeCheckpoints, GRPOTrainer):
 
 class CarefulSFTTrainer(WholeCheckpoints, SFTTrainer):
     """SFTTrainer whose checkpoints are whole or not there."""
+
+    def compute_loss(self, *args, **kwargs):
+        with lean_lm_head(self.accelerator.device, labelled_only=False):
+            return super().compute_loss(*args, **kwargs)
 
 
 def check_fits(checkpoint: Path, model: torch.nn.Module) -> None:

@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT, error_line, run_script
 
 from console import UserError
+from prompts import load_questions
 
 sys.path.insert(0, str(ROOT / "studies"))
 import fuzz_rewards  # noqa: E402
@@ -31,6 +32,23 @@ def test_real_model(demo_base, tmp_path):
     assert (tmp_path / "rewards_real.png").read_bytes().startswith(b"\x89PNG")
     again = run_script(*command)
     assert again.stdout == done.stdout[-len(again.stdout) :] and "step" not in again.stdout.split("| --- |")[0]
+
+
+def test_study_prompts(demo_base, tmp_path):
+    """Each prompt is asked as the table says; what was asked is not asked again, nor mixed with another study."""
+    command = ["studies/study_prompts.py", demo_base / "model", demo_base / "data", "--cpu", "--output", tmp_path]
+    done = run_script(*command, "--questions", 4, "--prompts", "turn", "tutorial")
+    rows = {
+        name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+        for name in ("turn", "tutorial")
+    }
+    assert [row["question"] for row in rows["turn"]] == [row["question"] for row in rows["tutorial"]]
+    assert min(row["prompt_tokens"] for row in rows["turn"]) > max(row["prompt_tokens"] for row in rows["tutorial"])
+    test = {prompt[-1]["content"] for prompt in load_questions(str(demo_base / "data"), "test")["prompt"]}
+    assert len(rows["turn"]) == 4 and not test & {row["question"] for row in rows["turn"]}
+    again = run_script(*command, "--questions", 4, "--prompts", "turn", "tutorial")
+    assert again.stdout.strip() in done.stdout and again.stdout.count("short example") == 1
+    assert "--output" in error_line(run_script(*command, "--questions", 5, expect=2))
 
 
 def test_fuzz_rewards(tmp_path):

@@ -20,9 +20,9 @@ from datasets import Dataset
 from peft import LoraConfig
 from test_rollout import EOS, make_model, make_tokenizer
 from transformers import Qwen2ForCausalLM, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer, SFTTrainer
 
-from trainer import CarefulTrainer, labelled_positions_only
+from trainer import CPU_TILE, CarefulSFTTrainer, CarefulTrainer, lean_lm_head
 
 GROUP, LONGEST = 4, 24
 
@@ -285,7 +285,33 @@ def test_no_other_training_is_changed():
     """TRL's LM head is switched over within our forward only: whoever trains besides us, rounds as before."""
     from trl.kernels.chunked_logprob import _use_triton
 
-    cpu = torch.device("cpu")
-    with labelled_positions_only():
-        assert trl.trainer.utils._use_triton(cpu)
-    assert trl.trainer.utils._use_triton is _use_triton and not _use_triton(cpu)
+    utils, cpu = trl.trainer.utils, torch.device("cpu")
+    tile = utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    with lean_lm_head(cpu):
+        assert utils._use_triton(cpu) and utils._CHUNKED_LOGPROB_CHUNK_SIZE == CPU_TILE < tile
+    with lean_lm_head(torch.device("cuda")):
+        assert utils._CHUNKED_LOGPROB_CHUNK_SIZE == tile  # its kernel wants the large ones
+    assert utils._use_triton is _use_triton and not _use_triton(cpu) and utils._CHUNKED_LOGPROB_CHUNK_SIZE == tile
+
+
+@pytest.mark.parametrize("labelled_only", [True, False])
+def test_small_tiles_change_nothing(labelled_only):
+    """Log-probabilities, entropies and gradients of a vocabulary of several tiles are those of TRL's large ones."""
+    vocabulary, made = 3 * CPU_TILE + 5, []
+    for device in ("cuda", "cpu"):  # only the CPU's tiles are small; nothing runs on the device
+        model = make_model(vocab_size=vocabulary)
+        trl.trainer.utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+        ids = torch.arange(27).reshape(3, 9) * 997 % vocabulary
+        with lean_lm_head(torch.device(device), labelled_only):
+            done = model(input_ids=ids, labels=ids.masked_fill(ids % 3 == 0, -100), fused_lm_head=True)
+        done.loss.backward()
+        made.append([done.log_probs, done.entropy, *(weight.grad for weight in model.parameters())])
+    torch.testing.assert_close(*made, rtol=1e-4, atol=1e-6)
+
+
+def test_fine_tuning_computes_small_tiles_too(monkeypatch):
+    utils = trl.trainer.utils
+    monkeypatch.setattr(SFTTrainer, "compute_loss", lambda self: (utils._CHUNKED_LOGPROB_CHUNK_SIZE, utils._use_triton))
+    trainer = CarefulSFTTrainer.__new__(CarefulSFTTrainer)
+    trainer.accelerator = SimpleNamespace(device=torch.device("cpu"))
+    assert trainer.compute_loss() == (CPU_TILE, utils._use_triton)

@@ -1,0 +1,149 @@
+"""What does a prompt do to a model that was not trained on it? Format, accuracy and length under several.
+
+    python studies/study_prompts.py MODEL DATA               # seven prompts x 150 training questions, greedy
+    python studies/study_prompts.py MODEL DATA --questions 8 --prompts ours tutorial    # a try
+
+MODEL and DATA are what `train_grpo.py --model --dataset` takes. The questions are of the training split, always the
+same, so that choosing a prompt by this table spends none of the test questions. Every prompt's answers are kept in
+--output: stopped at any time, the same command goes on with the next prompt.
+"""
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from real_model import RECIPE, TUTORIAL_PROMPT  # noqa: E402
+
+import train_grpo  # noqa: E402
+from accuracy import answer, summarize  # noqa: E402
+from console import UserError, run  # noqa: E402
+from make_traces import ask  # noqa: E402
+from models import encode, load_model, pick_device  # noqa: E402
+from prompts import SYSTEM_PROMPT, load_questions, to_conversation  # noqa: E402
+from rewards import thinking_of  # noqa: E402
+
+QUESTIONS = 150
+
+# One worked example, thought through briefly, or at the length at which the model thinks by itself.
+ASKED = "小明有3盒铅笔，每盒12支，又买了5支，一共有多少支？"
+SHORT = """\
+<think>
+3盒铅笔有3*12=36支，又买了5支，一共有36+5=41支。
+</think>
+<answer>
+41
+</answer>"""
+LONG = """\
+<think>
+要算出一共有多少支铅笔，我们可以按照以下步骤进行：
+
+1. 先看题目给出的条件：小明有3盒铅笔，每盒12支，之后又买了5支。
+
+2. 计算3盒铅笔的数量：
+\\[ 3 \\times 12 = 36 \\text{ 支} \\]
+
+3. 又买的5支是单独的，不用再乘以盒数，所以把它加上去：
+\\[ 36 + 5 = 41 \\text{ 支} \\]
+
+4. 检查：36支加上5支是41支，问的是一共有多少支，所以不用再减去什么。
+
+因此，小明一共有41支铅笔。
+</think>
+<answer>
+41
+</answer>"""
+
+
+def after_example(question: str, example: str) -> list[dict]:
+    """Our prompt, with a question that was answered already."""
+    system, user = to_conversation(question)
+    return [system, {"role": "user", "content": ASKED}, {"role": "assistant", "content": example}, user]
+
+
+# name -> how the table calls it, and the messages for a question
+PROMPTS = {
+    "ours": ("ours (`SYSTEM_PROMPT`)", to_conversation),
+    "tutorial": ("the tutorial's", lambda question: to_conversation(question, TUTORIAL_PROMPT)),
+    "example": (
+        "ours, a worked example below it",
+        lambda question: to_conversation(question, f"{SYSTEM_PROMPT}\n\n例如，问题：{ASKED}\n{SHORT}"),
+    ),
+    "behind": (
+        "ours, behind the question",
+        lambda question: [{"role": "user", "content": f"{question}\n\n{SYSTEM_PROMPT}"}],
+    ),
+    "turn": ("ours, a short example as a turn before", lambda question: after_example(question, SHORT)),
+    "long-turn": ("ours, a long example as a turn before", lambda question: after_example(question, LONG)),
+    "free": ("no format: `make_traces.py --free`", lambda question: ask(question, free=True)),
+}
+
+
+def row(name: str, answers: list[dict]) -> str:
+    """A line of the table."""
+    figures = summarize(answers)
+    low, high = figures["strict_ci95"]
+    cells = [PROMPTS[name][0], f"{figures['strict']:.1%} ({low:.1%} to {high:.1%})", f"{figures['flexible']:.1%}"]
+    cells += [f"{figures['format']:.1%}", f"{figures['mean_tokens']:.0f}", f"{figures['truncated']:.1%}"]
+    thinking = sum(len(thinking_of(line["completion"])) for line in answers) / len(answers)
+    prompt = sum(line["prompt_tokens"] for line in answers) / len(answers)
+    return f"| {' | '.join([*cells, f'{thinking:.0f}', f'{prompt:.0f}'])} |"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="one model under several prompts", allow_abbrev=False)
+    parser.add_argument("model", help="hub id or folder")
+    parser.add_argument("dataset", help="hub id or folder")
+    parser.add_argument("--prompts", nargs="+", choices=PROMPTS, default=list(PROMPTS))
+    parser.add_argument("--questions", type=int, default=QUESTIONS, help="of the training split")
+    parser.add_argument("--output", type=Path, default=ROOT / "output" / "prompts")
+    parser.add_argument("--cpu", action="store_true")
+    flags = parser.parse_args(argv)
+
+    questions = load_questions(flags.dataset, "train")
+    if not 1 <= flags.questions <= len(questions):
+        raise UserError(f"--questions {flags.questions}: from 1 to the {len(questions)} of {flags.dataset!r}")
+    chosen = questions.select(random.Random(0).sample(range(len(questions)), flags.questions))
+    asked = {"model": flags.model, "dataset": flags.dataset, "questions": flags.questions}
+    flags.output.mkdir(parents=True, exist_ok=True)
+    begun = flags.output / "asked.json"
+    if begun.exists() and (before := json.loads(begun.read_text(encoding="utf-8"))) != asked:
+        raise UserError(f"{begun} says that these answers are of {before}; pass another --output for {asked}")
+    begun.write_text(json.dumps(asked) + "\n", encoding="utf-8")
+
+    sampler = tokenizer = None
+    for name in flags.prompts:
+        file = flags.output / f"{name}.jsonl"
+        if file.exists():
+            continue
+        if sampler is None:
+            from rollout import make_sampler
+
+            model, tokenizer = load_model(flags.model)
+            device, autocast = pick_device(flags.cpu, train_grpo.BF16)
+            sampler = make_sampler(model.to(device).eval(), tokenizer, autocast)
+        pairs = [(PROMPTS[name][1](line["prompt"][-1]["content"]), line["answer"]) for line in chosen]
+        limits = (RECIPE["MAX_COMPLETION_TOKENS"], train_grpo.EVAL_BATCH)
+        answers = answer(sampler, tokenizer, pairs, *limits, temperature=0.0, title=name)
+        lengths = map(len, encode(tokenizer, [prompt for prompt, _ in pairs]))
+        lines = [line | {"prompt_tokens": length} for line, length in zip(answers, lengths, strict=True)]
+        partial = file.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        partial.replace(file)
+        print(row(name, lines), flush=True)
+
+    head = ["prompt", "strict (95 %)", "flexible", "format", "tokens", "cut off", "thinking", "prompt tokens"]
+    table = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    for name in flags.prompts:
+        lines = (flags.output / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        table.append(row(name, [json.loads(line) for line in lines]))
+    (flags.output / "table.md").write_text("\n".join(table) + "\n", encoding="utf-8")
+    print("\n" + "\n".join(table) + f"\n\nwritten: {flags.output / 'table.md'}")
+
+
+if __name__ == "__main__":
+    run(main)
