@@ -43,7 +43,7 @@ from trl.kernels.chunked_logprob import _use_triton
 import train_grpo
 from models import encode, load_model
 from prompts import to_conversation
-from trainer import CarefulTrainer
+from trainer import CPU_TILE, CarefulTrainer
 
 GROUP, MICRO, LONGEST = 2, 16, 512
 CUDA = torch.cuda.is_available()
@@ -181,7 +181,8 @@ def show_profile(flags: argparse.Namespace) -> None:
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * CUDA
     record = profile(activities=activities, record_shapes=True)
     seconds = run("trimmed, sorted", flags, record)["seconds"]
-    vocabulary, tile = load_model(flags.model)[0].config.vocab_size, trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    vocabulary = load_model(flags.model)[0].config.vocab_size
+    tile = trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE if CUDA else CPU_TILE
     widths = {min(tile, vocabulary), vocabulary % tile}  # of the LM head's tiles
 
     def group(event) -> str:
