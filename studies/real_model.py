@@ -1,11 +1,12 @@
 """Does GRPO teach a real model? Arms of a few dozen steps from the same weights, on a GPU or, in hours, on a CPU.
 
-    python studies/real_model.py MODEL DATA --cold output/sft --mgsm FOLDER
+    python studies/real_model.py MODEL DATA --cold output/sft --traces output/traces --mgsm FOLDER
     python studies/real_model.py MODEL DATA --arms tutorial --steps 2 --questions 8    # a try
 
-MODEL and DATA are what `train_grpo.py --model --dataset` takes; --cold is what train_sft.py made of MODEL. Every arm is
-train_grpo.main() under RECIPE. The model before and after it answers the same sample of test questions, greedily and
-with SAMPLES answers at temperature 1, and those of MGSM. Stopped at any time, the same command goes on.
+MODEL and DATA are what `train_grpo.py --model --dataset` takes; --cold is what train_sft.py made of MODEL, --traces
+what make_traces.py wrote before that. Every arm is train_grpo.main() under RECIPE. The model before and after it
+answers the same sample of test questions, greedily and with SAMPLES answers at temperature 1, and those of MGSM.
+Stopped at any time, the same command goes on.
 """
 
 import argparse
@@ -54,21 +55,39 @@ TUTORIAL_PROMPT = """
 </answer>
 """  # as published
 
-# name -> how the table calls it, the constants that it changes, and its prompt; `cold` begins with what --cold names
+# name -> how the table calls it, the constants that it changes, and its prompt; NEEDS says what else an arm wants
 ARMS = {
     "untouched": ("GRPO from the untouched model", {}, prompts.SYSTEM_PROMPT),
     "cold": ("GRPO after the cold start", {}, prompts.SYSTEM_PROMPT),
+    "sifted": ("GRPO after the cold start, on questions it sometimes solves", {}, prompts.SYSTEM_PROMPT),
     "tutorial": (
         "GRPO with the tutorial's rewards and prompt",
         {"REWARDS": TUTORIAL, "REWARD_WEIGHTS": EQUAL},
         TUTORIAL_PROMPT,
     ),
 }
+NEEDS = {  # the flags without which an arm cannot run
+    "cold": {"cold": "what train_sft.py made of the model"},
+    "sifted": {"cold": "what train_sft.py made of the model", "traces": "what make_traces.py wrote"},
+}
 CONSTANTS = {name: getattr(train_grpo, name) for name in ("REWARDS", "REWARD_WEIGHTS")}
 
 
-def write_questions(dataset: str, folder: Path, count: int) -> str:
-    """A data set folder with the training questions of `dataset` and `count` of its test questions, always the same."""
+def sometimes_solved(traces: str) -> set[str]:
+    """The questions that make_traces.py saw answered right at least once, and not always: such groups have spread."""
+    file = Path(traces, "questions.jsonl")
+    if not file.exists():
+        raise UserError(f"--traces {traces}: no questions.jsonl there; name a folder that make_traces.py wrote")
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return {line["question"] for line in lines if 0 < line["right"] < len(line["samples"])}
+
+
+def write_questions(dataset: str, folder: Path, count: int, only: set[str] | None = None) -> str:
+    """A data set folder with the training questions of `dataset` and `count` of its test questions, always the same.
+
+    Args:
+        only: of the training questions these.
+    """
     if not (folder / "test.jsonl").exists():  # written last
         folder.mkdir(parents=True, exist_ok=True)
         for split in ("train", "test"):
@@ -76,6 +95,8 @@ def write_questions(dataset: str, folder: Path, count: int) -> str:
             pairs = [
                 (prompt[-1]["content"], label) for prompt, label in zip(rows["prompt"], rows["answer"], strict=True)
             ]
+            if split == "train" and only is not None:
+                pairs = [pair for pair in pairs if pair[0] in only]
             if split == "test" and count < len(pairs):
                 pairs = random.Random(0).sample(pairs, count)
             lines = [{prompts.QUESTION_COLUMN: question, prompts.ANSWER_COLUMN: label} for question, label in pairs]
@@ -146,7 +167,7 @@ def draw(folders: dict[str, Path], picture: Path) -> None:
         axes.set(title=title, xlabel="step")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-    drawing.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(folders))
+    drawing.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     picture.parent.mkdir(exist_ok=True)
     drawing.savefig(picture)
 
@@ -155,7 +176,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="arms of GRPO on a real model", allow_abbrev=False)
     parser.add_argument("model", help="hub id or folder")
     parser.add_argument("dataset", help="hub id or folder")
-    parser.add_argument("--cold", help="what train_sft.py made of the model; the arm `cold` begins there")
+    parser.add_argument("--cold", help="what train_sft.py made of the model; `cold` and `sifted` begin there")
+    parser.add_argument("--traces", help="what make_traces.py wrote; `sifted` trains on some of its questions")
     parser.add_argument("--mgsm", help="data set folder with MGSM's questions as its test split, measured besides")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--steps", type=int, default=RECIPE["MAX_STEPS"], help="of each arm")
@@ -163,10 +185,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "output" / "real")
     parser.add_argument("--cpu", action="store_true")
     flags = parser.parse_args(argv)
-    if "cold" in flags.arms and not flags.cold:
-        raise UserError(
-            "the arm `cold` needs --cold FOLDER (what train_sft.py made of the model); or leave it out: --arms"
-        )
+    for arm in flags.arms:
+        for flag, what in NEEDS.get(arm, {}).items():
+            if not getattr(flags, flag):
+                raise UserError(f"the arm `{arm}` needs --{flag} FOLDER ({what}); or leave it out: --arms")
+
+    solved = sometimes_solved(flags.traces) if "sifted" in flags.arms else None
 
     cpu, output = ["--cpu"] * flags.cpu, flags.output
     data = {"test": write_questions(flags.dataset, output / "questions", flags.questions)}
@@ -181,8 +205,10 @@ def main(argv: list[str] | None = None) -> None:
         lines.append(row("cold start", measure(flags.cold, data, output / "before-cold", cpu), {}))
     for arm in flags.arms:
         prompts.SYSTEM_PROMPT = ARMS[arm][2]
-        folder = output / arm
-        train(arm, flags.cold if arm == "cold" else flags.model, watched, folder, flags.steps, cpu)
+        folder, questions = output / arm, watched
+        if arm == "sifted":
+            questions = write_questions(flags.dataset, output / "sifted-questions", WATCHED, solved)
+        train(arm, flags.cold if "cold" in NEEDS.get(arm, {}) else flags.model, questions, folder, flags.steps, cpu)
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         lines.append(row(ARMS[arm][0], measure(str(folder), data, output / f"after-{arm}", cpu), results))
     table = "\n".join(lines)

@@ -17,13 +17,22 @@ import fuzz_rewards  # noqa: E402
 def test_real_model(demo_base, tmp_path):
     """Every arm is trained and measured, on the same questions; the same command finds all of it done."""
     base = [demo_base / "model", demo_base / "data", "--mgsm", demo_base / "data", "--cpu", "--output", tmp_path]
-    line = error_line(run_script("studies/real_model.py", *base, expect=2))
-    assert "--cold" in line and not list(tmp_path.iterdir())
+    for flags in ([], ["--cold", demo_base / "model"], ["--cold", demo_base / "model", "--traces", tmp_path]):
+        line = error_line(run_script("studies/real_model.py", *base, *flags, expect=2))
+        assert ("--traces" if flags else "--cold") in line and not list(tmp_path.iterdir())
+    asked = [prompt[-1]["content"] for prompt in load_questions(str(demo_base / "data"), "train")["prompt"][:30]]
+    rights = [0, 4, *[1, 3] * 14]  # of 4: never right, always, and some that teach
+    traces = tmp_path / "traces" / "questions.jsonl"
+    traces.parent.mkdir()
+    lines = [{"question": ask, "right": n, "samples": [{}] * 4} for ask, n in zip(asked, rights, strict=True)]
+    traces.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     command = ["studies/real_model.py", *base, "--cold", demo_base / "model", "--steps", 1, "--questions", 6]
-    command += ["--arms", "cold", "tutorial"]
+    command += ["--arms", "cold", "sifted", "tutorial", "--traces", traces.parent]
     done = run_script(*command)
+    sifted = load_questions(str(tmp_path / "sifted-questions"), "train")["prompt"]
+    assert [prompt[-1]["content"] for prompt in sifted] == asked[2:]
     rows = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
-    assert len(rows) == 2 + 2 + 2 and len({row.count(" | ") for row in rows[2:]}) == 1
+    assert len(rows) == 2 + 2 + 3 and len({row.count(" | ") for row in rows[2:]}) == 1
     read = {arm: json.loads((tmp_path / arm / "recipe/recipe.json").read_text()) for arm in ("cold", "tutorial")}
     assert "..." in read["tutorial"]["SYSTEM_PROMPT"] and "..." not in read["cold"]["SYSTEM_PROMPT"]
     assert read["tutorial"]["REWARD_WEIGHTS"][:5] == [1.0] * 5 and read["cold"]["REWARD_WEIGHTS"][4] > 1
