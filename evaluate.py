@@ -44,25 +44,29 @@ def main(argv: list[str] | None = None) -> None:
     device, autocast = pick_device(flags.cpu, recipe["BF16"])
     sampler = make_sampler(model.to(device).eval(), tokenizer, autocast)
     how = (sampler, tokenizer, questions, recipe["MAX_COMPLETION_TOKENS"], recipe["EVAL_BATCH"])
-    figures, rows = evaluate(*how, title="evaluating")
-    print(f"model      {flags.model}")
-    print(f"data       {dataset}, split {flags.split}")
-    print(f"accuracy   {describe(figures)}", flush=True)
-    if flags.samples:
-        torch.manual_seed(recipe["SEED"])
-        more, drawn = evaluate_samples(*how, flags.samples, title="sampling")
-        figures |= more
-        rows = [row | {"samples": answers} for row, answers in zip(rows, drawn, strict=True)]
-        print(f"sampled    {describe_samples(figures)}")
-
     folder = Path(flags.output or flags.model)
     if not flags.output and not folder.is_dir():  # a hub id
         folder = Path(recipe["OUTPUT_DIR"], flags.model.replace("/", "--"))
     folder.mkdir(parents=True, exist_ok=True)
+
+    figures, rows = evaluate(*how, title="evaluating")
+    print(f"model      {flags.model}")
+    print(f"data       {dataset}, split {flags.split}")
+    print(f"accuracy   {describe(figures)}", flush=True)
+    write(folder, figures, rows)  # samples take K times as long: what is there by then is kept
+    if flags.samples:
+        torch.manual_seed(recipe["SEED"])
+        more, drawn = evaluate_samples(*how, flags.samples, title="sampling")
+        rows = [row | {"samples": answers} for row, answers in zip(rows, drawn, strict=True)]
+        print(f"sampled    {describe_samples(more)}")
+        write(folder, figures | more, rows)
+    print(f"written    {folder / 'eval.json'}, {folder / 'eval.jsonl'}")
+
+
+def write(folder: Path, figures: dict, rows: list[dict]) -> None:
     (folder / "eval.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     (folder / "eval.jsonl").write_text("".join(lines), encoding="utf-8")
-    print(f"written    {folder / 'eval.json'}, {folder / 'eval.jsonl'}")
 
 
 if __name__ == "__main__":

@@ -109,12 +109,12 @@ def measure(model: str, data: dict[str, str], folder: Path, cpu: list[str]) -> d
     """evaluate.py's figures for a model on each data set, unless they are there already; `folder` keeps them."""
     measured = {}
     for name, dataset in data.items():
-        output = folder / name
-        if not (output / "eval.json").exists():
+        output, samples = folder / name, ["--samples", str(SAMPLES)] if name == "test" else []
+        file = output / "eval.json"
+        if not file.exists() or samples and "samples" not in json.loads(file.read_text(encoding="utf-8")):
             print(f"\n===== {folder.name}: {name}", flush=True)
-            samples = ["--samples", str(SAMPLES)] if name == "test" else []
             evaluate.main([model, "--dataset", dataset, "--output", str(output), *samples, *cpu])
-        measured[name] = json.loads((output / "eval.json").read_text(encoding="utf-8"))
+        measured[name] = json.loads(file.read_text(encoding="utf-8"))
     return measured
 
 

@@ -6,6 +6,7 @@ import math
 import pytest
 from conftest import error_line, run_script
 
+import evaluate as evaluate_script
 from accuracy import evaluate, evaluate_samples, grade, interval, summarize, summarize_samples
 from prompts import to_conversation
 
@@ -114,6 +115,20 @@ def test_evaluate_script(demo_base, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text(encoding="utf-8").splitlines()]
     names = ["question", "completion", "label", "strict", "flexible", "format", "tokens", "truncated"]
     assert [list(row) for row in rows] == [names] * 6
+
+
+def test_greedy_figures_outlive_the_sampling(demo_base, tmp_path, monkeypatch):
+    """Samples take K times as long as the greedy answers: stopped while they are drawn, it has written the latter."""
+
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("evaluate.evaluate_samples", stopped)
+    flags = ["--dataset", demo_base / "data", "--limit", 3, "--samples", 2, "--output", tmp_path, "--cpu"]
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_script.main([str(flag) for flag in [demo_base / "model", *flags]])
+    assert json.loads((tmp_path / "eval.json").read_text())["n"] == 3
+    assert len((tmp_path / "eval.jsonl").read_text(encoding="utf-8").splitlines()) == 3
 
 
 def test_evaluate_script_samples(demo_base, tmp_path):

@@ -81,4 +81,5 @@ def test_twins():
 def commands(text: str) -> set[str]:
     """The lines of the shell blocks, without their comments."""
     blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.M | re.S)
-    return {line.split("  #")[0].strip() for block in blocks for line in block.splitlines()}
+    lines = {re.split(r"(?:^|  )#", line)[0].strip() for block in blocks for line in block.splitlines()}
+    return lines - {""}
