@@ -1,7 +1,7 @@
 """What the training half of a step costs on real lengths: TRL as it comes against trainer.py, lever by lever.
 
     python studies/bench_training.py COMPLETIONS.jsonl [--model FOLDER] [--rows 64] [--rounds 3] [--json FILE]
-    python studies/bench_training.py COMPLETIONS.jsonl --profile
+    python studies/bench_training.py COMPLETIONS.jsonl --rows 4 --profile    # more rows, more memory
 
 COMPLETIONS.jsonl holds one `{"question", "completion"}` a line, as evaluate.py's eval.jsonl does. Each row of the step
 is a question of its own with its completion, replayed; rewards are made up, so that a given share of the groups (of two
