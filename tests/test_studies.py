@@ -60,6 +60,18 @@ def test_study_prompts(demo_base, tmp_path):
     assert "--output" in error_line(run_script(*command, "--questions", 5, expect=2))
 
 
+def test_bench_real_step(demo_base, tmp_path):
+    """TRL and ours take a step each on the same questions; the tutorial's settings bring a reference model along."""
+    file = tmp_path / "runs.json"
+    base = ["--model", demo_base / "model", "--dataset", demo_base / "data", "--json", file]
+    done = run_script("studies/bench_real_step.py", *base, "--rounds", 1)
+    runs = json.loads(file.read_text(encoding="utf-8"))
+    assert list(runs) == ["TRL, tutorial's settings", "TRL, our settings", "ours"]
+    for [made] in runs.values():
+        assert 0 < made["generation"] < made["seconds"] and made["tokens"] > 16
+    assert "| ours |" in done.stdout
+
+
 def test_fuzz_rewards(tmp_path):
     """Both kinds of text are tried, and earn all rewards often enough that the checks mean something."""
     file = tmp_path / "eval.jsonl"
