@@ -64,9 +64,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def write(folder: Path, figures: dict, rows: list[dict]) -> None:
-    (folder / "eval.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    (folder / "eval.jsonl").write_text("".join(lines), encoding="utf-8")
+    from checkpoints import write_json, write_text
+
+    write_json(folder / "eval.json", figures)
+    write_text(folder / "eval.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

@@ -15,11 +15,10 @@ import statistics
 import tempfile
 import time
 import warnings
-from functools import partial
 from pathlib import Path
 
 import transformers
-from bench_step import CUDA, Clock, now  # which finds the project's modules
+from bench_step import CUDA, watch  # which finds the project's modules
 from trl import GRPOConfig, GRPOTrainer
 
 import train_grpo
@@ -66,30 +65,16 @@ def run(variant: str, flags: argparse.Namespace, turn: int) -> dict:
         disable_tqdm=True,
         **settings,
     )
-    clock, generation, tokens = Clock(), [], []
     trainer = kind(
-        model=model if settings["beta"] == 0 else flags.model,  # TRL reads its reference model by this name
+        model=model,  # TRL reads its reference model from where this one came
         reward_funcs=REWARDS,
         args=config,
         train_dataset=chosen,
         processing_class=tokenizer,
         rollout_func=Rollout() if kind is CarefulTrainer else None,
-        callbacks=[clock],
     )
     trainer.remove_callback(transformers.PrinterCallback)
-
-    def timed(generate, *args):
-        start = now()
-        made = generate(*args)
-        generation.append(now() - start)
-        return made
-
-    def counted(loss, model, inputs):
-        tokens.append(int(inputs["completion_mask"].sum()))
-        return loss(model, inputs)
-
-    trainer._generate = partial(timed, trainer._generate)
-    trainer._compute_loss = partial(counted, trainer._compute_loss)
+    clock, generation, tokens = watch(trainer)
     trainer.train()
     del trainer, model
     gc.collect()

@@ -165,6 +165,26 @@ class Clock(TrainerCallback):
         self.steps.append(now() - self.start)
 
 
+def watch(trainer: GRPOTrainer) -> tuple[Clock, list[float], list[int]]:
+    """From now on: seconds of its steps, seconds of each generation, and tokens of each micro batch."""
+    clock, generation, tokens = Clock(), [], []
+
+    def timed(generate: Callable, *args) -> tuple:
+        start = now()
+        made = generate(*args)
+        generation.append(now() - start)
+        return made
+
+    def counted(loss: Callable, model: torch.nn.Module, inputs: dict) -> torch.Tensor:
+        tokens.append(int(inputs["completion_mask"].sum()))
+        return loss(model, inputs)
+
+    trainer._generate = partial(timed, trainer._generate)
+    trainer._compute_loss = partial(counted, trainer._compute_loss)
+    trainer.add_callback(clock)
+    return clock, generation, tokens
+
+
 def run(
     micro: int,
     fast: bool = False,
@@ -209,21 +229,7 @@ def run(
     )
     if fast:
         rollout.sampler(trainer).use_graph &= graph
-    clock, generation, tokens = Clock(), [], []
-
-    def timed(generate: Callable, *args) -> tuple:
-        start = now()
-        made = generate(*args)
-        generation.append(now() - start)
-        return made
-
-    def counted(loss: Callable, model: torch.nn.Module, inputs: dict) -> torch.Tensor:
-        tokens.append(int(inputs["completion_mask"].sum()))
-        return loss(model, inputs)
-
-    trainer._generate = partial(timed, trainer._generate)
-    trainer._compute_loss = partial(counted, trainer._compute_loss)
-    trainer.add_callback(clock)
+    clock, generation, tokens = watch(trainer)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
     assert sum(tokens) == steps * completions * length, "not the same work"

@@ -17,10 +17,11 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from real_model import RECIPE, TUTORIAL_PROMPT  # noqa: E402
+from real_model import RECIPE, TUTORIAL_PROMPT, with_interval  # noqa: E402
 
 import train_grpo  # noqa: E402
 from accuracy import answer, summarize  # noqa: E402
+from checkpoints import write_text  # noqa: E402
 from console import UserError, run  # noqa: E402
 from make_traces import ask  # noqa: E402
 from models import encode, load_model, pick_device  # noqa: E402
@@ -86,8 +87,7 @@ PROMPTS = {
 def row(name: str, answers: list[dict]) -> str:
     """A line of the table."""
     figures = summarize(answers)
-    low, high = figures["strict_ci95"]
-    cells = [PROMPTS[name][0], f"{figures['strict']:.1%} ({low:.1%} to {high:.1%})", f"{figures['flexible']:.1%}"]
+    cells = [PROMPTS[name][0], with_interval(figures, "strict"), f"{figures['flexible']:.1%}"]
     cells += [f"{figures['format']:.1%}", f"{figures['mean_tokens']:.0f}", f"{figures['truncated']:.1%}"]
     thinking = sum(len(thinking_of(line["completion"])) for line in answers) / len(answers)
     prompt = sum(line["prompt_tokens"] for line in answers) / len(answers)
@@ -131,9 +131,7 @@ def main(argv: list[str] | None = None) -> None:
         answers = answer(sampler, tokenizer, pairs, *limits, temperature=0.0, title=name)
         lengths = map(len, encode(tokenizer, [prompt for prompt, _ in pairs]))
         lines = [line | {"prompt_tokens": length} for line, length in zip(answers, lengths, strict=True)]
-        partial = file.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-        partial.replace(file)
+        write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         print(row(name, lines), flush=True)
 
     head = ["prompt", "strict (95 %)", "flexible", "format", "tokens", "cut off", "thinking", "prompt tokens"]
