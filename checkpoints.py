@@ -228,7 +228,7 @@ def read_results(output: Path) -> dict:
 
 def describe_recipe(recipe: SimpleNamespace) -> dict:
     """All that makes an experiment, as JSON gives it back."""
-    names = ("SYSTEM_PROMPT", "OPEN_SYSTEM_PROMPT", "QUESTION_COLUMN", "ANSWER_COLUMN")
+    names = ("SYSTEM_PROMPT", "EXAMPLE", "OPEN_SYSTEM_PROMPT", "QUESTION_COLUMN", "ANSWER_COLUMN")
     asked = {name: getattr(prompts, name) for name in names}
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "datasets", "peft")}
     return json.loads(json.dumps(vars(recipe) | asked | {"versions": versions}))

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from prompts import ANSWER_COLUMN, QUESTION_COLUMN, SYSTEM_PROMPT, to_conversation
+from prompts import ANSWER_COLUMN, QUESTION_COLUMN, to_conversation
 
 # The data set
 TRAIN_QUESTIONS = 1600
@@ -200,7 +200,7 @@ def make_demo(folder: str | Path, steps: int = SFT_STEPS) -> tuple[str, str]:
 def fingerprint() -> str:
     """Tells apart what makes a base: the prompt and this file, but for the recipes, which are to be played with."""
     source = re.sub(r"^(SFT_)?RECIPE = \{.*?^\}", "", Path(__file__).read_text(encoding="utf-8"), flags=re.M | re.S)
-    return hashlib.sha256((source + SYSTEM_PROMPT).encode()).hexdigest()
+    return hashlib.sha256((source + str(to_conversation(""))).encode()).hexdigest()
 
 
 def save_data(splits: dict[str, list[Problem]], folder: Path) -> None:

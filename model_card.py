@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +28,7 @@ def modelfile(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> str:
     The template is said because Ollama finds none in what transformers 5 saves, the penalty because its older versions
     punish repetition unasked, also at temperature 0.
     """
-    asked = [{"role": "system", "content": "{{ .System }}"}, {"role": "user", "content": "{{ $question }}"}]
+    asked = prompts.to_conversation("{{ $question }}", "{{ .System }}")
     return f'''\
 # ollama create r1-zh -f Modelfile && ollama run r1-zh
 FROM .
@@ -76,6 +77,8 @@ def model_card(recipe: dict, results: dict) -> str:
     if grpo:
         weights = zip(REWARDS, recipe["REWARD_WEIGHTS"], strict=True)
         settings["weights of the rewards"] = ", ".join(f"{reward.__name__} {weight:g}" for reward, weight in weights)
+    turns = [*recipe["EXAMPLE"], {"role": "user", "content": recipe["PROBE_QUESTION"]}]
+    asked = ", ".join(json.dumps(turn, ensure_ascii=False) for turn in turns)
     figures = [
         f"| {when} | {e['strict']:.1%} | {e['strict_ci95'][0]:.1%} to {e['strict_ci95'][1]:.1%} | {e['flexible']:.1%} "
         f"| {e['format']:.1%} | {e['mean_tokens']:.0f} |"
@@ -111,7 +114,7 @@ from transformers import pipeline
 
 SYSTEM_PROMPT = """\\
 {recipe["SYSTEM_PROMPT"]}"""
-messages = [{{"role": "system", "content": SYSTEM_PROMPT}}, {{"role": "user", "content": "{recipe["PROBE_QUESTION"]}"}}]
+messages = [{{"role": "system", "content": SYSTEM_PROMPT}}, {asked}]
 limits = {{"max_new_tokens": {recipe["MAX_COMPLETION_TOKENS"]}, "do_sample": False}}
 answer = pipeline("text-generation", ".")(messages, **limits)
 print(answer[0]["generated_text"][-1]["content"])

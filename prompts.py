@@ -34,12 +34,36 @@ OPEN_SYSTEM_PROMPT = """\
 只写给提问者的完整回答
 </answer>"""
 
+# One question answered in the format, at the length at which to think.
+WORKED_EXAMPLE = [
+    {"role": "user", "content": "小明有3盒铅笔，每盒12支，又买了5支，一共有多少支？"},
+    {
+        "role": "assistant",
+        "content": """\
+<think>
+3盒铅笔有3*12=36支，又买了5支，一共有36+5=41支。
+</think>
+<answer>
+41
+</answer>""",
+    },
+]
+# Turns between SYSTEM_PROMPT and every question. WORKED_EXAMPLE: for a model that ignores the format. It costs its
+# tokens in every row, counts in MAX_PROMPT_TOKENS, and belongs to the trained model as SYSTEM_PROMPT does.
+EXAMPLE: list[dict] = []
+
 LARGEST_ANSWER = 10**15  # beyond it a label that some reader made a float is no longer exact
 
 
-def to_conversation(question: str, system: str = SYSTEM_PROMPT) -> list[dict]:
-    """The messages sent for one question. A plain string would get no chat template in TRL and never stop."""
-    return [{"role": "system", "content": system}, {"role": "user", "content": question}]
+def to_conversation(question: str, system: str | None = None, example: list[dict] | None = None) -> list[dict]:
+    """The messages sent for one question. A plain string would get no chat template in TRL and never stop.
+
+    Args:
+        system: in the place of SYSTEM_PROMPT.
+        example: turns in the place of EXAMPLE.
+    """
+    system, example = SYSTEM_PROMPT if system is None else system, EXAMPLE if example is None else example
+    return [{"role": "system", "content": system}, *example, {"role": "user", "content": question}]
 
 
 def read_split(dataset: str, split: str) -> Dataset:
@@ -110,5 +134,8 @@ def load_questions(dataset: str, split: str, unlabelled: bool = False) -> Datase
     kept = {question: label for question, label in labels.items() if question not in contradicted}
     if not kept:
         raise UserError(f"{where} has no usable row; pass another --dataset")
-    systems = (OPEN_SYSTEM_PROMPT if label is None else SYSTEM_PROMPT for label in kept.values())
-    return Dataset.from_dict({"prompt": list(map(to_conversation, kept, systems)), "answer": list(kept.values())})
+    conversations = [
+        to_conversation(question, OPEN_SYSTEM_PROMPT, []) if label is None else to_conversation(question)
+        for question, label in kept.items()
+    ]
+    return Dataset.from_dict({"prompt": conversations, "answer": list(kept.values())})

@@ -4,8 +4,9 @@
     python studies/real_model.py MODEL DATA --arms tutorial --steps 2 --questions 8    # a try
 
 MODEL and DATA are what `train_grpo.py --model --dataset` takes; --cold is what train_sft.py made of MODEL, --traces
-what make_traces.py wrote before that. Every arm is train_grpo.main() under RECIPE. The model before and after it
-answers the same sample of test questions, greedily and with SAMPLES answers at temperature 1, and those of MGSM.
+what make_traces.py wrote before that. Every arm is train_grpo.main() under RECIPE. Before and after it its model
+answers, under the arm's own prompt, the same sample of test questions, greedily and with --samples answers at
+temperature 1, and those of MGSM.
 Stopped at any time, the same command goes on.
 """
 
@@ -43,7 +44,7 @@ RECIPE = {  # a step takes two cores about three minutes
 }
 TEST_QUESTIONS = 300  # of the test split, always the same
 WATCHED = 16  # test questions of the runs' own `before` and `after`, on which nothing here rests
-SAMPLES = 4  # answers a question at temperature 1
+SAMPLES = 4  # answers a question at temperature 1; --samples
 
 TUTORIAL_PROMPT = """
 按照如下格式生成：
@@ -55,15 +56,25 @@ TUTORIAL_PROMPT = """
 </answer>
 """  # as published
 
-# name -> how the table calls it, the constants that it changes, and its prompt; NEEDS says what else an arm wants
+# name -> its model before it, in the table and as a folder of --output; what then was done; the constants of
+# train_grpo.py and of prompts.py that it changes
 ARMS = {
-    "untouched": ("GRPO from the untouched model", {}, prompts.SYSTEM_PROMPT),
-    "cold": ("GRPO after the cold start", {}, prompts.SYSTEM_PROMPT),
-    "sifted": ("GRPO after the cold start, on questions it sometimes solves", {}, prompts.SYSTEM_PROMPT),
+    "untouched": ("untouched", "before", "GRPO from there", {}, {}),
+    "example": (
+        "untouched, asked behind an example",
+        "before-example",
+        "GRPO from there",
+        {},
+        {"EXAMPLE": prompts.WORKED_EXAMPLE},
+    ),
+    "cold": ("cold start", "before-cold", "GRPO from there", {}, {}),
+    "sifted": ("cold start", "before-cold", "GRPO from there on questions it sometimes solves", {}, {}),
     "tutorial": (
-        "GRPO with the tutorial's rewards and prompt",
+        "untouched, asked as in the tutorial",
+        "before-tutorial",
+        "GRPO with the tutorial's rewards",
         {"REWARDS": TUTORIAL, "REWARD_WEIGHTS": EQUAL},
-        TUTORIAL_PROMPT,
+        {"SYSTEM_PROMPT": TUTORIAL_PROMPT},
     ),
 }
 NEEDS = {  # the flags without which an arm cannot run
@@ -71,6 +82,7 @@ NEEDS = {  # the flags without which an arm cannot run
     "sifted": {"cold": "what train_sft.py made of the model", "traces": "what make_traces.py wrote"},
 }
 CONSTANTS = {name: getattr(train_grpo, name) for name in ("REWARDS", "REWARD_WEIGHTS")}
+PROMPT = {name: getattr(prompts, name) for name in ("SYSTEM_PROMPT", "EXAMPLE")}
 
 
 def sometimes_solved(traces: str) -> set[str]:
@@ -105,27 +117,34 @@ def write_questions(dataset: str, folder: Path, count: int, only: set[str] | Non
     return str(folder)
 
 
-def measure(model: str, data: dict[str, str], folder: Path, cpu: list[str]) -> dict[str, dict]:
+def set_constants(arm: str) -> None:
+    """What an arm trains with and asks with, its model before it too."""
+    _, _, _, constants, prompt = ARMS[arm]
+    for module, values in ((train_grpo, RECIPE | CONSTANTS | constants), (prompts, PROMPT | prompt)):
+        for name, value in values.items():
+            setattr(module, name, value)
+
+
+def measure(model: str, data: dict[str, str], samples: int, folder: Path, cpu: list[str]) -> dict[str, dict]:
     """evaluate.py's figures for a model on each data set, unless they are there already; `folder` keeps them."""
     measured = {}
     for name, dataset in data.items():
-        output, samples = folder / name, ["--samples", str(SAMPLES)] if name == "test" else []
+        output, drawn = folder / name, samples if name == "test" else 0
         file = output / "eval.json"
-        if not file.exists() or samples and "samples" not in json.loads(file.read_text(encoding="utf-8")):
+        if not file.exists() or drawn and "samples" not in json.loads(file.read_text(encoding="utf-8")):
             print(f"\n===== {folder.name}: {name}", flush=True)
-            evaluate.main([model, "--dataset", dataset, "--output", str(output), *samples, *cpu])
+            where = ["--dataset", dataset, "--output", str(output)]
+            evaluate.main([model, *where, "--samples", str(drawn), *cpu])
         measured[name] = json.loads(file.read_text(encoding="utf-8"))
     return measured
 
 
-def train(arm: str, model: str, dataset: str, folder: Path, steps: int, cpu: list[str]) -> None:
+def train(model: str, dataset: str, folder: Path, steps: int, cpu: list[str]) -> None:
     """One run of train_grpo.py: begun, continued, or left alone where it is finished."""
     done = folder / "results.json"
     if done.exists() and json.loads(done.read_text(encoding="utf-8")).get("finished"):
         return
-    print(f"\n===== {folder.name}: {ARMS[arm][0]}", flush=True)
-    for name, value in (RECIPE | CONSTANTS | ARMS[arm][1]).items():
-        setattr(train_grpo, name, value)
+    print(f"\n===== {folder.name}", flush=True)
     flags = ["--model", model, "--dataset", dataset, "--output", str(folder), "--max-steps", str(steps), *cpu]
     try:
         train_grpo.main(flags + ["--resume"] * any(folder.glob("checkpoint-*")))
@@ -139,7 +158,7 @@ def row(name: str, measured: dict[str, dict], results: dict) -> str:
     test, mgsm = measured["test"], measured.get("mgsm")
     cells = [name, with_interval(test, "strict"), f"{test['flexible']:.1%}", f"{test['format']:.1%}"]
     cells += [f"{test['mean_tokens']:.0f}", f"{test['truncated']:.1%}"]
-    cells += [with_interval(test, "mean"), with_interval(test, "pass")]
+    cells += [with_interval(test, name) if name in test else "" for name in ("mean", "pass")]
     cells.append(f"{with_interval(mgsm, 'strict')}, {mgsm['flexible']:.1%}" if mgsm else "")
     minutes, memory = results.get("train_seconds", 0) / 60, results.get("peak_memory_gb", 0)
     cells.append(f"{results['steps']} steps, {minutes:.0f} min, {memory:.1f} GB" if results else "")
@@ -163,7 +182,7 @@ def draw(folders: dict[str, Path], picture: Path) -> None:
     }
     for axes, (tag, title) in zip(drawing.subplots(1, 3), panels.items(), strict=True):
         for i, (name, folder) in enumerate(folders.items()):
-            draw_curve(axes, read_history(folder), tag, f"C{i}", ARMS[name][0])
+            draw_curve(axes, read_history(folder), tag, f"C{i}", f"{ARMS[name][0]}: {ARMS[name][2]}")
         axes.set(title=title, xlabel="step")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
@@ -182,6 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--steps", type=int, default=RECIPE["MAX_STEPS"], help="of each arm")
     parser.add_argument("--questions", type=int, default=TEST_QUESTIONS, help="of the test split")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="answers a question at temperature 1; 0: none")
     parser.add_argument("--output", type=Path, default=ROOT / "output" / "real")
     parser.add_argument("--cpu", action="store_true")
     flags = parser.parse_args(argv)
@@ -197,20 +217,22 @@ def main(argv: list[str] | None = None) -> None:
     if flags.mgsm:
         data["mgsm"] = flags.mgsm
     watched = write_questions(flags.dataset, output / "watched", WATCHED)
-    head = ["model", "strict", "flexible", "format", "tokens", "cut off", "one sample", f"any of {SAMPLES}"]
+    head = ["model", "strict", "flexible", "format", "tokens", "cut off", "one sample", f"any of {flags.samples}"]
     head += ["MGSM strict, flexible", "training"]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
-    lines.append(row("untouched", measure(flags.model, data, output / "before", cpu), {}))
-    if flags.cold:
-        lines.append(row("cold start", measure(flags.cold, data, output / "before-cold", cpu), {}))
     for arm in flags.arms:
-        prompts.SYSTEM_PROMPT = ARMS[arm][2]
-        folder, questions = output / arm, watched
+        set_constants(arm)
+        name, before, change, _, _ = ARMS[arm]
+        model, questions = flags.cold if arm in NEEDS else flags.model, watched
+        start = row(name, measure(model, data, flags.samples, output / before, cpu), {})
+        if start not in lines:  # two arms may begin with the same model
+            lines.append(start)
         if arm == "sifted":
             questions = write_questions(flags.dataset, output / "sifted-questions", WATCHED, solved)
-        train(arm, flags.cold if "cold" in NEEDS.get(arm, {}) else flags.model, questions, folder, flags.steps, cpu)
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        lines.append(row(ARMS[arm][0], measure(str(folder), data, output / f"after-{arm}", cpu), results))
+        train(model, questions, output / arm, flags.steps, cpu)
+        results = json.loads((output / arm / "results.json").read_text(encoding="utf-8"))
+        after = measure(str(output / arm), data, flags.samples, output / f"after-{arm}", cpu)
+        lines.append(row(change, after, results))
     table = "\n".join(lines)
     (output / "table.md").write_text(table + "\n", encoding="utf-8")
     draw({arm: output / arm for arm in flags.arms}, output / "rewards_real.png")

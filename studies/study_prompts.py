@@ -25,20 +25,13 @@ from checkpoints import write_text  # noqa: E402
 from console import UserError, run  # noqa: E402
 from make_traces import ask  # noqa: E402
 from models import encode, load_model, pick_device  # noqa: E402
-from prompts import SYSTEM_PROMPT, load_questions, to_conversation  # noqa: E402
+from prompts import SYSTEM_PROMPT, WORKED_EXAMPLE, load_questions, to_conversation  # noqa: E402
 from rewards import thinking_of  # noqa: E402
 
 QUESTIONS = 150
 
-# One worked example, thought through briefly, or at the length at which the model thinks by itself.
-ASKED = "小明有3盒铅笔，每盒12支，又买了5支，一共有多少支？"
-SHORT = """\
-<think>
-3盒铅笔有3*12=36支，又买了5支，一共有36+5=41支。
-</think>
-<answer>
-41
-</answer>"""
+ASKED, SHORT = (turn["content"] for turn in WORKED_EXAMPLE)
+# The same, thought through at the length at which the model thinks by itself.
 LONG = """\
 <think>
 要算出一共有多少支铅笔，我们可以按照以下步骤进行：
@@ -60,26 +53,26 @@ LONG = """\
 </answer>"""
 
 
-def after_example(question: str, example: str) -> list[dict]:
-    """Our prompt, with a question that was answered already."""
-    system, user = to_conversation(question)
-    return [system, {"role": "user", "content": ASKED}, {"role": "assistant", "content": example}, user]
-
-
 # name -> how the table calls it, and the messages for a question
 PROMPTS = {
-    "ours": ("ours (`SYSTEM_PROMPT`)", to_conversation),
-    "tutorial": ("the tutorial's", lambda question: to_conversation(question, TUTORIAL_PROMPT)),
+    "ours": ("ours (`SYSTEM_PROMPT`)", lambda question: to_conversation(question, example=[])),
+    "tutorial": ("the tutorial's", lambda question: to_conversation(question, TUTORIAL_PROMPT, [])),
     "example": (
         "ours, a worked example below it",
-        lambda question: to_conversation(question, f"{SYSTEM_PROMPT}\n\n例如，问题：{ASKED}\n{SHORT}"),
+        lambda question: to_conversation(question, f"{SYSTEM_PROMPT}\n\n例如，问题：{ASKED}\n{SHORT}", []),
     ),
     "behind": (
         "ours, behind the question",
         lambda question: [{"role": "user", "content": f"{question}\n\n{SYSTEM_PROMPT}"}],
     ),
-    "turn": ("ours, a short example as a turn before", lambda question: after_example(question, SHORT)),
-    "long-turn": ("ours, a long example as a turn before", lambda question: after_example(question, LONG)),
+    "turn": (
+        "ours, a short example as a turn before (`WORKED_EXAMPLE`)",
+        lambda question: to_conversation(question, example=WORKED_EXAMPLE),
+    ),
+    "long-turn": (
+        "ours, a long example as a turn before",
+        lambda question: to_conversation(question, example=[WORKED_EXAMPLE[0], {"role": "assistant", "content": LONG}]),
+    ),
     "free": ("no format: `make_traces.py --free`", lambda question: ask(question, free=True)),
 }
 

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 import demo
 import models
 import pretraining
+import prompts
 from prompts import SYSTEM_PROMPT, to_conversation
 
 QWEN = ROOT.parent / "shared" / "data" / "qwen2.5_tokenizer"
@@ -142,7 +143,7 @@ def test_made_once(untaught, tmp_path, monkeypatch, capsys):
     folder = Path(shutil.copytree(untaught, tmp_path / "base" / "untaught"))
     pretraining.make_base(folder)
     assert not made
-    monkeypatch.setattr(demo, "SYSTEM_PROMPT", SYSTEM_PROMPT + " ")
+    monkeypatch.setattr(prompts, "SYSTEM_PROMPT", SYSTEM_PROMPT + " ")
     (tmp_path / "base" / "unfinished-untaught").mkdir()  # killed
     pretraining.make_base(folder)
     pretraining.make_base(folder)

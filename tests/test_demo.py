@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import demo
+import prompts
 from prompts import ANSWER_COLUMN, QUESTION_COLUMN, SYSTEM_PROMPT, load_questions, to_conversation
 from rewards import REWARD_MAXIMA, REWARDS, extract_answer, hard_format_reward, parse_number
 from train_grpo import PROBE_QUESTION
@@ -166,7 +167,7 @@ def test_made_anew_after_a_change(base, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(demo.RECIPE, "LEARNING_RATE", 1.0)
     demo.make_demo(folder)
     assert not made
-    monkeypatch.setattr(demo, "SYSTEM_PROMPT", SYSTEM_PROMPT + " ")
+    monkeypatch.setattr(prompts, "SYSTEM_PROMPT", SYSTEM_PROMPT + " ")
     demo.make_demo(folder)
     assert len(made) == 1 and "anew" in capsys.readouterr().out
     demo.make_demo(folder)

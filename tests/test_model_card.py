@@ -9,10 +9,11 @@ import pytest
 from conftest import ROOT
 from huggingface_hub import ModelCard
 
+import prompts
 import train_grpo
-from model_card import LAST_QUESTION, is_hub_id, model_card
+from model_card import LAST_QUESTION, is_hub_id, model_card, modelfile
 from models import load_model, render
-from prompts import SYSTEM_PROMPT, load_questions, to_conversation
+from prompts import SYSTEM_PROMPT, WORKED_EXAMPLE, load_questions, to_conversation
 
 README = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/recipe.md"))
 
@@ -131,6 +132,20 @@ def test_modelfile(run):
     filled = template.removeprefix(LAST_QUESTION).replace("{{ .System }}", SYSTEM_PROMPT)
     question = "5分钟多少秒"
     assert filled.replace("{{ $question }}", question) == render(tokenizer, to_conversation(question))
+
+
+def test_example_goes_along(run, monkeypatch):
+    """Asked behind an example in training, the model is so by Ollama and by the card's lines."""
+    monkeypatch.setattr(prompts, "EXAMPLE", WORKED_EXAMPLE)
+    _, tokenizer = load_model(str(run.output))
+    template = dict(parse_modelfile(modelfile(tokenizer, 32)))["TEMPLATE"].removeprefix(LAST_QUESTION)
+    filled = template.replace("{{ .System }}", SYSTEM_PROMPT).replace("{{ $question }}", "5分钟多少秒")
+    asked = to_conversation("5分钟多少秒")
+    assert len(asked) == 4 and filled == render(tokenizer, asked)
+    code = block_with("pipeline(", model_card(run.recipe | {"EXAMPLE": WORKED_EXAMPLE}, run.results))
+    names = {}
+    exec(code.partition("limits =")[0], names)
+    assert names["messages"] == asked
 
 
 def test_folder_is_what_ollama_reads(run):

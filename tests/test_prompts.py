@@ -5,8 +5,18 @@ from pathlib import Path
 
 import pytest
 
+import prompts
 from console import UserError, refuse_missing_folder
-from prompts import ANSWER_COLUMN, QUESTION_COLUMN, load_questions, to_conversation
+from prompts import (
+    ANSWER_COLUMN,
+    OPEN_SYSTEM_PROMPT,
+    QUESTION_COLUMN,
+    SYSTEM_PROMPT,
+    WORKED_EXAMPLE,
+    load_questions,
+    to_conversation,
+)
+from rewards import REWARD_MAXIMA, REWARDS
 
 GOOD = [("3加4等于几？", 7), ("1分钟是多少秒？", 60)]
 
@@ -33,6 +43,20 @@ def test_good_rows(tmp_path, capsys):
     """Good rows come through as they are, in their order, and nothing is said about them."""
     assert load(tmp_path, GOOD) == GOOD
     assert "note" not in capsys.readouterr().out
+
+
+def test_example(tmp_path, monkeypatch):
+    """EXAMPLE stands before every question that has a label; the one here earns all that the rewards can pay."""
+    monkeypatch.setattr(prompts, "EXAMPLE", WORKED_EXAMPLE)
+    load(tmp_path, GOOD)
+    system, user = {"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": GOOD[0][0]}
+    assert load_questions(str(tmp_path), "train")["prompt"][0] == [system, *WORKED_EXAMPLE, user]
+    write_split(tmp_path, "train", [*GOOD, ("为什么？", None)])
+    *_, unlabelled = load_questions(str(tmp_path), "train", unlabelled=True)["prompt"]
+    assert [turn["content"] for turn in unlabelled] == [OPEN_SYSTEM_PROMPT, "为什么？"]
+    asked, answered = WORKED_EXAMPLE
+    row = {"prompts": [[asked]], "completions": [[answered]], "answer": [3 * 12 + 5]}
+    assert [reward(**row)[0] for reward in REWARDS] == list(REWARD_MAXIMA)
 
 
 def test_integral_floats_are_integers(tmp_path):
