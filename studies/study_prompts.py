@@ -13,6 +13,7 @@ import json
 import random
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -27,6 +28,9 @@ from make_traces import ask  # noqa: E402
 from models import encode, load_model, pick_device  # noqa: E402
 from prompts import SYSTEM_PROMPT, WORKED_EXAMPLE, load_questions, to_conversation  # noqa: E402
 from rewards import thinking_of  # noqa: E402
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 QUESTIONS = 150
 
@@ -77,6 +81,28 @@ PROMPTS = {
 }
 
 
+def draw_questions(flags: argparse.Namespace, seed: int) -> "Dataset":
+    """The training questions that a study asks, always the same, and noted in its --output, which is for these only."""
+    questions = load_questions(flags.dataset, "train")
+    if not 1 <= flags.questions <= len(questions):
+        raise UserError(f"--questions {flags.questions}: from 1 to the {len(questions)} of {flags.dataset!r}")
+    asked = {"model": flags.model, "dataset": flags.dataset, "questions": flags.questions}
+    flags.output.mkdir(parents=True, exist_ok=True)
+    begun = flags.output / "asked.json"
+    if begun.exists() and (before := json.loads(begun.read_text(encoding="utf-8"))) != asked:
+        raise UserError(f"{begun} says that these answers are of {before}; pass another --output for {asked}")
+    begun.write_text(json.dumps(asked) + "\n", encoding="utf-8")
+    return questions.select(random.Random(seed).sample(range(len(questions)), flags.questions))
+
+
+def write_lines(file: Path, rows: list[dict]) -> None:
+    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
 def row(name: str, answers: list[dict]) -> str:
     """A line of the table."""
     figures = summarize(answers)
@@ -97,17 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cpu", action="store_true")
     flags = parser.parse_args(argv)
 
-    questions = load_questions(flags.dataset, "train")
-    if not 1 <= flags.questions <= len(questions):
-        raise UserError(f"--questions {flags.questions}: from 1 to the {len(questions)} of {flags.dataset!r}")
-    chosen = questions.select(random.Random(0).sample(range(len(questions)), flags.questions))
-    asked = {"model": flags.model, "dataset": flags.dataset, "questions": flags.questions}
-    flags.output.mkdir(parents=True, exist_ok=True)
-    begun = flags.output / "asked.json"
-    if begun.exists() and (before := json.loads(begun.read_text(encoding="utf-8"))) != asked:
-        raise UserError(f"{begun} says that these answers are of {before}; pass another --output for {asked}")
-    begun.write_text(json.dumps(asked) + "\n", encoding="utf-8")
-
+    chosen = draw_questions(flags, seed=0)
     sampler = tokenizer = None
     for name in flags.prompts:
         file = flags.output / f"{name}.jsonl"
@@ -124,14 +140,13 @@ def main(argv: list[str] | None = None) -> None:
         answers = answer(sampler, tokenizer, pairs, *limits, temperature=0.0, title=name)
         lengths = map(len, encode(tokenizer, [prompt for prompt, _ in pairs]))
         lines = [line | {"prompt_tokens": length} for line, length in zip(answers, lengths, strict=True)]
-        write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        write_lines(file, lines)
         print(row(name, lines), flush=True)
 
     head = ["prompt", "strict (95 %)", "flexible", "format", "tokens", "cut off", "thinking", "prompt tokens"]
     table = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for name in flags.prompts:
-        lines = (flags.output / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-        table.append(row(name, [json.loads(line) for line in lines]))
+        table.append(row(name, read_lines(flags.output / f"{name}.jsonl")))
     (flags.output / "table.md").write_text("\n".join(table) + "\n", encoding="utf-8")
     print("\n" + "\n".join(table) + f"\n\nwritten: {flags.output / 'table.md'}")
 

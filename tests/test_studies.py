@@ -12,6 +12,7 @@ from prompts import load_questions
 
 sys.path.insert(0, str(ROOT / "studies"))
 import fuzz_rewards  # noqa: E402
+import study_advantages  # noqa: E402
 
 
 def test_real_model(demo_base, tmp_path):
@@ -93,3 +94,17 @@ def test_fuzz_finds_a_broken_reward(monkeypatch):
     monkeypatch.setattr(fuzz_rewards, "extract_answer", lambda text: text)
     with pytest.raises(UserError, match="one block|the block is a number"):
         fuzz_rewards.main(["--count", "2000"])
+
+
+def test_study_advantages(demo_base, tmp_path):
+    """The same completions under every set; correctness alone pays right ones only, and what is drawn is kept."""
+    command = ["studies/study_advantages.py", demo_base / "model", demo_base / "data", "--cpu", "--output", tmp_path]
+    done = run_script(*command, "--questions", 3)
+    rows = [json.loads(line) for line in (tmp_path / "plain.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 3 * 8 and len({row["question"] for row in rows}) == 3
+    assert f"right ({sum(row['strict'] for row in rows)})" in done.stdout
+    assert run_script(*command, "--questions", 3).stdout == done.stdout
+    totals = study_advantages.SETS["correctness only"](rows)
+    assert totals == [2.0 * row["strict"] for row in rows]
+    values, flat = study_advantages.advantages([0.0, 2.0, 1.0, 1.0], 2)
+    assert values == pytest.approx([-1.2246, 1.2246, 0.0, 0.0], abs=1e-3) and flat == 0.5
