@@ -47,10 +47,10 @@ CORRECT_FALL = 0.3  # ... this part of the right answers is lost
 CUT_OFF = 0.2  # of the completions reach MAX_COMPLETION_TOKENS
 REPEATING = 0.1  # of the completions end in a repetition
 FLAT_GROUPS = 0.8  # of the groups have no spread of rewards, and so teach nothing
-SHORTER_THINKING = 0.5  # of its length at the start
+SHORTER_THINKING = 0.5  # of its length in the first SUDDEN steps, for it can be short before WINDOW is over
 LOWER_ENTROPY = 0.1  # of its value at the start
 SUDDEN = 5  # steps in which a model can fall from reasoning to guessing, ...
-FORMAT_JUMP = 0.3  # ... while so many more of the completions come to be in the format
+FORMAT_JUMP = 0.2  # ... while so many more of the completions come to be in the format
 
 
 def rolling(history: History, tag: str) -> list[float]:
@@ -109,11 +109,14 @@ def too_many_flat_groups(history: History) -> str | None:
 
 def thinking_shrinks(history: History) -> str | None:
     """The model stops reasoning, as it does where the rewards make short answers pay."""
-    length = rolling(history, "length/thinking")
-    if not length or length[-1] >= SHORTER_THINKING * length[0]:
+    length = [row["length/thinking"] for row in history if "length/thinking" in row]
+    if len(length) < WINDOW:
+        return None
+    first, last = fmean(length[:SUDDEN]), fmean(length[-WINDOW:])
+    if last >= SHORTER_THINKING * first:
         return None
     return (
-        f"thinking shrank from {length[0]:.0f} to {length[-1]:.0f} characters: read the samples; if the reasoning is "
+        f"thinking shrank from {first:.0f} to {last:.0f} characters: read the samples; if the reasoning is "
         "gone, stop, lower LEARNING_RATE or raise BETA, and look for what the rewards pay short answers"
     )
 

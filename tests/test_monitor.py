@@ -112,6 +112,21 @@ def test_alarm(check):
     assert check(bad[: EARLIEST.get(check.__name__, WINDOW) - 1]) is None and check([]) is None  # too early to tell
 
 
+def test_alarms_on_a_real_model_that_gives_up_reasoning():
+    """As recorded, most of the format known at the start: one alarm in step 6, the other when WINDOW steps are short."""
+    form = "72 84 56 88 94 100 88 94 100 97 100 100 100 100 100 100 97 97 97 100 100 100 100 100 100"
+    length = "168 125 219 103 72 51 110 73 54 71 78 50 49 49 46 52 52 70 48 68 52 54 53 52 60"
+    history = made(
+        format__soft_format=[int(share) / 100 for share in form.split()],
+        length__thinking=list(map(int, length.split())),
+    )
+    rung = {
+        check: [step for step in range(len(history) + 1) if check(history[:step])]
+        for check in (monitor.guesses_instead, monitor.thinking_shrinks)
+    }
+    assert rung == {monitor.guesses_instead: [6], monitor.thinking_shrinks: [23, 24, 25]}
+
+
 def test_a_healthy_run_raises_no_alarm():
     curves = {tag: [unit * int(number) for number in numbers.split()] for tag, (unit, numbers) in HEALTHY.items()}
     history = made(**curves, format__soft_format=curves["format/all"])
