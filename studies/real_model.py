@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from study_rewards import EQUAL, TUTORIAL  # noqa: E402
+from study_rewards import CORRECTNESS, EQUAL, TUTORIAL  # noqa: E402
 
 import evaluate  # noqa: E402
 import prompts  # noqa: E402
@@ -65,6 +65,13 @@ ARMS = {
         "before-example",
         "GRPO from there",
         {},
+        {"EXAMPLE": prompts.WORKED_EXAMPLE},
+    ),
+    "correctness": (
+        "untouched, asked behind an example",
+        "before-example",
+        "GRPO from there, correctness only",
+        {"REWARD_WEIGHTS": CORRECTNESS},
         {"EXAMPLE": prompts.WORKED_EXAMPLE},
     ),
     "cold": ("cold start", "before-cold", "GRPO from there", {}, {}),

@@ -113,7 +113,7 @@ def test_alarm(check):
 
 
 def test_alarms_on_a_real_model_that_gives_up_reasoning():
-    """As recorded, most of the format known at the start: one alarm in step 6, the other when WINDOW steps are short."""
+    """As recorded, most of the format known at the start: one alarm in step 6, the other when WINDOW are short."""
     form = "72 84 56 88 94 100 88 94 100 97 100 100 100 100 100 100 97 97 97 100 100 100 100 100 100"
     length = "168 125 219 103 72 51 110 73 54 71 78 50 49 49 46 52 52 70 48 68 52 54 53 52 60"
     history = made(
