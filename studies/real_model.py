@@ -181,7 +181,7 @@ def draw(folders: dict[str, Path], picture: Path) -> None:
     """What each arm was paid, how often it was right, and how long it thought."""
     from matplotlib.figure import Figure
 
-    drawing = Figure(figsize=(10, 3.4), dpi=100, layout="constrained")
+    drawing = Figure(figsize=(10, 4.2), dpi=100, layout="constrained")
     panels = {
         "correctness/correct": "right answers, of the sampled",
         "format/soft_format": "in the format, of the sampled",
@@ -193,7 +193,7 @@ def draw(folders: dict[str, Path], picture: Path) -> None:
         axes.set(title=title, xlabel="step")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-    drawing.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    drawing.legend(*axes.get_legend_handles_labels(), loc="outside lower center")
     picture.parent.mkdir(exist_ok=True)
     drawing.savefig(picture)
 
