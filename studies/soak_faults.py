@@ -1,6 +1,6 @@
 """The long form of test_faults.py: the demo, killed with -9 at random moments and resumed until it is finished.
 
-    python studies/soak_faults.py            # 20 kills, about a quarter of an hour on two cores
+    python studies/soak_faults.py            # 20 kills, some ten minutes on one core
     python studies/soak_faults.py --kills 3
 
 It saves after every step, so that many kills fall into a save. After each kill every checkpoint has to be whole; at the
@@ -34,7 +34,7 @@ def begin(output: Path, steps: int, *flags: str) -> subprocess.Popen:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -46,13 +46,13 @@ def main() -> None:
     shutil.copytree(whole / "base", killed / "base")
 
     kills = inside = 0
-    while True:
+    while not checkpoints.read_results(killed).get("finished"):  # it can end before the last kill
         saved = checkpoints.list_checkpoints(killed)
         step = checkpoints.step_of(saved[-1]) if saved else 0
         run = begin(killed, flags.steps, *(["--resume"] if saved else []))
         if kills == flags.kills:
             assert run.wait() == 0, (folder / "killed.log").read_text()
-            break
+            continue
         # once it trains again: up to the share of the remaining steps that leaves some for every later kill
         least = step + rng.randint(0, max((flags.steps - step) // (flags.kills - kills), 1))
         while run.poll() is None and not (killed / f"checkpoint-{least}").exists() and least > step:
@@ -62,9 +62,11 @@ def main() -> None:
                 pass
             time.sleep(rng.random() * 0.03)
         else:
-            time.sleep(rng.random() * 2)
+            time.sleep(rng.random() * 0.5)
         run.kill()
-        run.wait()
+        if run.wait() >= 0:  # it had ended by itself
+            assert run.returncode == 0, (folder / "killed.log").read_text()
+            continue
         kills += 1
         inside += bool(list(killed.glob(".tmp-*")))
         faults = {path.name: checkpoints.find_fault(path) for path in checkpoints.list_checkpoints(killed)}

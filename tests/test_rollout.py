@@ -687,6 +687,8 @@ split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "dd
 trainer = make_trainer(folder, rollout, max_steps=2, **split)
 trainer.train()
 (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(rollout.made))
+torch.distributed.barrier()
+os._exit(0)  # gloo's threads now and then abort the interpreter's own end
 """
 
 
