@@ -75,7 +75,13 @@ ARMS = {
         {"EXAMPLE": prompts.WORKED_EXAMPLE},
     ),
     "cold": ("cold start", "before-cold", "GRPO from there", {}, {}),
-    "sifted": ("cold start", "before-cold", "GRPO from there on questions it sometimes solves", {}, {}),
+    "sifted": (
+        "cold start",
+        "before-cold",
+        "GRPO from there, correctness only, on questions it sometimes solves",
+        {"REWARD_WEIGHTS": CORRECTNESS},
+        {},
+    ),
     "tutorial": (
         "untouched, asked as in the tutorial",
         "before-tutorial",

@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, error_line, run_script
@@ -13,6 +15,7 @@ from prompts import load_questions
 sys.path.insert(0, str(ROOT / "studies"))
 import fuzz_rewards  # noqa: E402
 import study_advantages  # noqa: E402
+import study_gguf  # noqa: E402
 
 
 def test_real_model(demo_base, tmp_path):
@@ -108,3 +111,47 @@ def test_study_advantages(demo_base, tmp_path):
     assert totals == [2.0 * row["strict"] for row in rows]
     values, flat = study_advantages.advantages([0.0, 2.0, 1.0, 1.0], 2)
     assert values == pytest.approx([-1.2246, 1.2246, 0.0, 0.0], abs=1e-3) and flat == 0.5
+
+
+def test_study_gguf(demo_base, tmp_path, monkeypatch, capsys):
+    """The Modelfile's prompt and parameters reach the server, and an answer that departs is counted and placed."""
+    from model_card import modelfile
+    from models import encode, load_model
+    from prompts import to_conversation
+    from rollout import make_sampler
+
+    folder = str(demo_base / "model")
+    model, tokenizer = load_model(folder)
+    sampler = make_sampler(model.eval(), tokenizer)
+    asked = []
+
+    class Server:
+        """In the place of llama.cpp: the model itself, which takes another third token in every second answer."""
+
+        def __init__(self, settings):
+            assert settings.model.path == "some.gguf"
+
+        def handle_completions(self, request):
+            asked.append(request)
+            ids = tokenizer(request["prompt"], add_special_tokens=False)["input_ids"]
+            (tokens,) = sampler.generate([ids], request["max_tokens"])
+            if len(asked) % 2:
+                tokens[2] += 1
+            return {"__verbose": {"tokens_evaluated": len(ids), "tokens": tokens}}
+
+    def params():
+        return SimpleNamespace(model=SimpleNamespace(), cpuparams=SimpleNamespace(), cpuparams_batch=SimpleNamespace())
+
+    monkeypatch.setitem(sys.modules, "xllamacpp", SimpleNamespace(CommonParams=params, Server=Server))
+    saved = tmp_path / "model"
+    with pytest.raises(UserError, match="Modelfile"):
+        study_gguf.main([folder, "some.gguf", str(demo_base / "data")])
+    shutil.copytree(folder, saved)
+    (saved / "Modelfile").write_text(modelfile(tokenizer, 40), encoding="utf-8")
+    study_gguf.main([str(saved), "some.gguf", str(demo_base / "data"), "--questions", "4"])
+    said = capsys.readouterr().out
+    assert "2 of 4" in said and said.count("part at 2") == 2
+    assert asked[0]["temperature"] == 0 and asked[0]["max_tokens"] == 40 and asked[0]["stop"] == [tokenizer.eos_token]
+    (ids,) = encode(tokenizer, [to_conversation("5分钟多少秒")])
+    prompt, _ = study_gguf.read_modelfile(modelfile(tokenizer, 40))
+    assert tokenizer(prompt.replace("{{ $question }}", "5分钟多少秒"), add_special_tokens=False)["input_ids"] == ids
