@@ -4,8 +4,8 @@
     python convert_hf_to_gguf.py output --outtype f16 --outfile output.gguf
     python studies/study_gguf.py output output.gguf DATA
 
-Twenty test questions, always the same. Both answer greedily; where they part, our model says how near the two tokens
-were: f16 weights are rounded, and at a near tie a rounding decides.
+Twenty test questions, always the same. Both answer greedily, llama.cpp one question at a time; where they part, our
+model says how near the two tokens were: f16 weights are rounded, and at a near tie a rounding decides.
 """
 
 import argparse
@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from console import UserError, run  # noqa: E402
 from prompts import load_questions, to_conversation  # noqa: E402
+from rewards import extract_answer  # noqa: E402
 
 QUESTIONS = 20
 
@@ -61,21 +62,23 @@ def main(argv: list[str] | None = None) -> None:
     server = xllamacpp.Server(settings)
 
     asked = [prompt[-1]["content"] for prompt in load_questions(flags.dataset, "test")["prompt"]]
-    same = 0
-    for number, question in enumerate(random.Random(0).sample(asked, flags.questions), start=1):
-        conversation = to_conversation(question)
-        prompt, trained = template.replace("{{ $question }}", question), render(tokenizer, conversation)
-        if prompt != trained:
+    conversations = [to_conversation(question) for question in random.Random(0).sample(asked, flags.questions)]
+    prompts = encode(tokenizer, conversations)
+    completions = sampler.generate(prompts, limit)
+    same = agree = 0
+    for number, (conversation, ids, ours) in enumerate(zip(conversations, prompts, completions, strict=True), start=1):
+        prompt = template.replace("{{ $question }}", conversation[-1]["content"])
+        if prompt != (trained := render(tokenizer, conversation)):
             raise UserError(f"{modelfile} asks {prompt!r}, and chat.py {trained!r}")
-        (ids,) = encode(tokenizer, [conversation])
-        ours = list(sampler.stream(ids, limit))
         request = {name: float(parameters[name]) for name in ("temperature", "repeat_penalty")}
         request |= {"prompt": prompt, "max_tokens": limit, "stop": [parameters["stop"]]}
         answered = server.handle_completions(request | {"return_tokens": True, "verbose": True})["__verbose"]
         if (read := answered["tokens_evaluated"]) != len(ids):
             raise UserError(f"llama.cpp reads {read} tokens of a prompt of {len(ids)}: {prompt!r}")
-        theirs = [token for token in answered["tokens"] if token not in sampler.eos]
-        said = f"{number:2}  {len(ours):3} tokens  "
+        ours, theirs = ([token for token in row if token not in sampler.eos] for row in (ours, answered["tokens"]))
+        numbers = [extract_answer(tokenizer.decode(row, skip_special_tokens=True)) for row in (ours, theirs)]
+        agree += numbers[0] == numbers[1]
+        said = f"{number:2}  {len(ours):3} tokens  answers {numbers[0]!r}, llama.cpp {numbers[1]!r}  "
         if ours == theirs:
             same += 1
             print(said + "the same", flush=True)
@@ -88,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
         gap = (logits[rivals[0]] - logits[rivals[1]]).item()
         words = [repr(tokenizer.decode([token])) for token in rivals]
         print(f"{said}part at {place}: {words[0]}, llama.cpp {words[1]}; our logits {gap:.3f} apart", flush=True)
-    print(f"\nthe same to the last token: {same} of {flags.questions}")
+    print(f"\nof {flags.questions} answers the same to the last token {same}, in the answer block {agree}")
 
 
 if __name__ == "__main__":

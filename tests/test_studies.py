@@ -150,7 +150,7 @@ def test_study_gguf(demo_base, tmp_path, monkeypatch, capsys):
     (saved / "Modelfile").write_text(modelfile(tokenizer, 40), encoding="utf-8")
     study_gguf.main([str(saved), "some.gguf", str(demo_base / "data"), "--questions", "4"])
     said = capsys.readouterr().out
-    assert "2 of 4" in said and said.count("part at 2") == 2
+    assert "of 4 answers the same to the last token 2" in said and said.count("part at 2") == 2
     assert asked[0]["temperature"] == 0 and asked[0]["max_tokens"] == 40 and asked[0]["stop"] == [tokenizer.eos_token]
     (ids,) = encode(tokenizer, [to_conversation("5分钟多少秒")])
     prompt, _ = study_gguf.read_modelfile(modelfile(tokenizer, 40))
