@@ -157,11 +157,15 @@ def judge(question: str, label: int, samples: list[dict]) -> dict:
 
 # --------------------------------------------------------------------------------------------------------- the files
 def claim(output: Path, settings: dict) -> None:
-    """Take a free folder, or one whose samples were drawn with the same settings: two kinds are not mixed."""
-    path = output / "settings.json"
+    """Take a free folder, or one whose samples were drawn with the same settings: two kinds are not mixed.
+
+    A run that ended before its first sample, for want of a network say, binds nobody.
+    """
+    path, log = output / "settings.json", output / "questions.jsonl"
     try:
         output.mkdir(parents=True, exist_ok=True)
-        old = dict(json.loads(path.read_bytes())) if path.exists() else settings
+        begun = path.exists() and log.exists() and log.stat().st_size > 0
+        old = dict(json.loads(path.read_bytes())) if begun else settings
         for name in settings:
             if old.get(name) != settings[name]:
                 raise UserError(

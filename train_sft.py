@@ -227,7 +227,8 @@ def draw_mix(conversations: list[dict], traces: int, share: float, seed: int) ->
 # What to say when a GPU's memory is full, the cheapest first
 OUT_OF_MEMORY = (
     "out of GPU memory; lower MICRO_BATCH (the step stays the same), lower EVAL_BATCH or set GRADIENT_CHECKPOINTING = "
-    "True in train_grpo.py, lower MAX_TOKENS, all of which --resume allows; or set USE_LORA = True in a new run"
+    "True in train_grpo.py, lower MAX_TOKENS, all of which --resume allows; or set USE_LORA = True in train_sft.py and "
+    "begin a new run"
 )
 
 

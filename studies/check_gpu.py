@@ -6,6 +6,7 @@ Random weights hardly ever end an answer, so every completion runs to its full l
 case of step time and peak memory, not learning. Anything that follows the tokenizer goes to train_grpo.py.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -39,7 +40,10 @@ QUESTION = "一列火车每小时行驶{a}公里，先行驶了{b}小时，休�
 
 
 def main() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else train_grpo.MODEL)
+    parser = argparse.ArgumentParser(description="time and memory of ten steps; other flags go to train_grpo.py")
+    parser.add_argument("tokenizer", nargs="?", default=train_grpo.MODEL, help="a folder or hub id")
+    own, others = parser.parse_known_args()
+    tokenizer = AutoTokenizer.from_pretrained(own.tokenizer)
     rows = []
     for i in range(400):
         a, b, c, d = 10 + i, 1 + i % 7, 2 + i % 5, 20 + i % 9
@@ -51,7 +55,7 @@ def main() -> None:
         Qwen2ForCausalLM(Qwen2Config(**qwen.SHAPE, **ENDS)).save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
         flags = ["--model", folder / "model", "--dataset", folder / "data", "--output", folder / "run"]
-        flags += ["--max-steps", STEPS, *sys.argv[2:]]
+        flags += ["--max-steps", STEPS, *others]
         subprocess.run([sys.executable, "-c", START, *map(str, flags)], cwd=ROOT, check=True)
         results = json.loads((folder / "run" / "results.json").read_text(encoding="utf-8"))
     for name in ("device", "step_seconds", "generated_tokens_per_second", "peak_memory_gb"):

@@ -281,6 +281,8 @@ def test_free(tmp_path, monkeypatch):
     monkeypatch.setattr(make_traces, "load_sampler", lambda *_: (boxer, Letters()))
     monkeypatch.setattr(make_traces, "QUESTIONS", 2)
     arguments = ["--free", "--dataset", str(tmp_path / "data"), "--output", str(output), "--cpu"]
+    with pytest.raises(UserError, match="swulling"):  # no network: the same folder is free for other data
+        make_traces.main(["--free", "--output", str(output), "--cpu"])
     make_traces.main(arguments)
     lines = [json.loads(line) for line in (output / "traces.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["prompt"] for line in lines[:: make_traces.KEEP]] == [to_conversation(f"{QUESTION}{i}") for i in "012"]
