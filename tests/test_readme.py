@@ -62,17 +62,24 @@ def test_constants_exist():
 
 
 def test_files_exist():
-    """Pictures and files that a page links to are in the repository."""
+    """Pictures, files and headings that a page links to are in the repository."""
     for page, text in PAGES.items():
-        for target in re.findall(r"\]\(([^)#]+)\)", text):
-            assert target.startswith("https://") or (page.parent / target).exists(), f"{target} in {page.name}"
+        for target in re.findall(r"\]\(([^)]+)\)", text):
+            if target.startswith("https://"):
+                continue
+            file, _, anchor = target.partition("#")
+            linked = page.parent / file if file else page
+            assert linked.exists(), f"{target} in {page.name}"
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), flags=re.M) if anchor else []
+            slugs = [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+            assert not anchor or anchor in slugs, f"{target} in {page.name}"
 
 
 def test_twins():
     """The Chinese README is the English one: the same commands, outputs, links, and the same names in the tables."""
     english, chinese = (PAGES[ROOT / name] for name in ("README.md", "README.zh.md"))
     assert commands(english) and commands(english) == commands(chinese)
-    for pattern in (r"^```text\n.*?^```", r"^```python\n.*?^```", r"\]\([^)]+\.(?:md|png)\)", r"^\| (`[^|]+`) \|"):
+    for pattern in (r"^```text\n.*?^```", r"^```python\n.*?^```", r"\]\([^)]+\.(?:md|png)[^)]*\)", r"^\| (`[^|]+`) \|"):
         found = [sorted(re.findall(pattern, text, flags=re.M | re.S)) for text in (english, chinese)]
         assert {*found[0]} and {*found[0]} ^ {*found[1]} <= {"](README.md)", "](README.zh.md)"}
     assert len(english.splitlines()) <= 230
