@@ -43,6 +43,9 @@ def main(argv: list[str] | None = None) -> None:
         import xllamacpp
     except ImportError as error:
         raise UserError("llama.cpp is missing: pip install xllamacpp") from error
+    asked = [prompt[-1]["content"] for prompt in load_questions(flags.dataset, "test")["prompt"]]
+    if not 1 <= flags.questions <= len(asked):
+        raise UserError(f"--questions {flags.questions}: from 1 to the {len(asked)} of {flags.dataset!r}")
     modelfile = Path(flags.model, "Modelfile")
     if not modelfile.exists():
         raise UserError(f"{modelfile} is missing: name a folder that a finished run saved")
@@ -61,12 +64,11 @@ def main(argv: list[str] | None = None) -> None:
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = torch.get_num_threads()
     server = xllamacpp.Server(settings)
 
-    asked = [prompt[-1]["content"] for prompt in load_questions(flags.dataset, "test")["prompt"]]
     conversations = [to_conversation(question) for question in random.Random(0).sample(asked, flags.questions)]
-    prompts = encode(tokenizer, conversations)
-    completions = sampler.generate(prompts, limit)
+    encoded = encode(tokenizer, conversations)
+    completions = sampler.generate(encoded, limit)
     same = agree = 0
-    for number, (conversation, ids, ours) in enumerate(zip(conversations, prompts, completions, strict=True), start=1):
+    for number, (conversation, ids, ours) in enumerate(zip(conversations, encoded, completions, strict=True), start=1):
         prompt = template.replace("{{ $question }}", conversation[-1]["content"])
         if prompt != (trained := render(tokenizer, conversation)):
             raise UserError(f"{modelfile} asks {prompt!r}, and chat.py {trained!r}")

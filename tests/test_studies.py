@@ -146,6 +146,8 @@ def test_study_gguf(demo_base, tmp_path, monkeypatch, capsys):
     saved = tmp_path / "model"
     with pytest.raises(UserError, match="Modelfile"):
         study_gguf.main([folder, "some.gguf", str(demo_base / "data")])
+    with pytest.raises(UserError, match="--questions 0"):
+        study_gguf.main([folder, "some.gguf", str(demo_base / "data"), "--questions", "0"])
     shutil.copytree(folder, saved)
     (saved / "Modelfile").write_text(modelfile(tokenizer, 40), encoding="utf-8")
     study_gguf.main([str(saved), "some.gguf", str(demo_base / "data"), "--questions", "4"])
