@@ -4,9 +4,10 @@
     python studies/real_model.py MODEL DATA --arms tutorial --steps 2 --questions 8    # a try
 
 MODEL and DATA are what `train_grpo.py --model --dataset` takes; --cold is what train_sft.py made of MODEL, --traces
-what make_traces.py wrote before that. Every arm is train_grpo.main() under RECIPE. Before and after it its model
-answers, under the arm's own prompt, the same sample of test questions, greedily and with --samples answers at
-temperature 1, and those of MGSM.
+what make_traces.py wrote: its samples tell which questions are sometimes solved, and the `sifted` arms train on those.
+For `sifted` they were drawn with --free, for `sifted-example` from MODEL with EXAMPLE = WORKED_EXAMPLE in prompts.py.
+Every arm is train_grpo.main() under RECIPE. Before and after it its model answers, under the arm's own prompt, the
+same sample of test questions, greedily and with --samples answers at temperature 1, and those of MGSM.
 Stopped at any time, the same command goes on.
 """
 
@@ -82,6 +83,13 @@ ARMS = {
         {"REWARD_WEIGHTS": CORRECTNESS},
         {},
     ),
+    "sifted-example": (
+        "untouched, asked behind an example",
+        "before-example",
+        "GRPO from there, correctness only, on questions it sometimes solves",
+        {"REWARD_WEIGHTS": CORRECTNESS},
+        {"EXAMPLE": prompts.WORKED_EXAMPLE},
+    ),
     "tutorial": (
         "untouched, asked as in the tutorial",
         "before-tutorial",
@@ -93,6 +101,7 @@ ARMS = {
 NEEDS = {  # the flags without which an arm cannot run
     "cold": {"cold": "what train_sft.py made of the model"},
     "sifted": {"cold": "what train_sft.py made of the model", "traces": "what make_traces.py wrote"},
+    "sifted-example": {"traces": "what make_traces.py wrote behind the example"},
 }
 CONSTANTS = {name: getattr(train_grpo, name) for name in ("REWARDS", "REWARD_WEIGHTS")}
 PROMPT = {name: getattr(prompts, name) for name in ("SYSTEM_PROMPT", "EXAMPLE")}
@@ -223,7 +232,8 @@ def main(argv: list[str] | None = None) -> None:
             if not getattr(flags, flag):
                 raise UserError(f"the arm `{arm}` needs --{flag} FOLDER ({what}); or leave it out: --arms")
 
-    solved = sometimes_solved(flags.traces) if "sifted" in flags.arms else None
+    sifts = any("traces" in NEEDS.get(arm, {}) for arm in flags.arms)
+    solved = sometimes_solved(flags.traces) if sifts else None
 
     cpu, output = ["--cpu"] * flags.cpu, flags.output
     data = {"test": write_questions(flags.dataset, output / "questions", flags.questions)}
@@ -236,12 +246,13 @@ def main(argv: list[str] | None = None) -> None:
     for arm in flags.arms:
         set_constants(arm)
         name, before, change, _, _ = ARMS[arm]
-        model, questions = flags.cold if arm in NEEDS else flags.model, watched
+        needs, questions = NEEDS.get(arm, {}), watched
+        model = flags.cold if "cold" in needs else flags.model
         start = row(name, measure(model, data, flags.samples, output / before, cpu), {})
         if start not in lines:  # two arms may begin with the same model
             lines.append(start)
-        if arm == "sifted":
-            questions = write_questions(flags.dataset, output / "sifted-questions", WATCHED, solved)
+        if "traces" in needs:
+            questions = write_questions(flags.dataset, output / f"{arm}-questions", WATCHED, solved)
         train(model, questions, output / arm, flags.steps, cpu)
         results = json.loads((output / arm / "results.json").read_text(encoding="utf-8"))
         after = measure(str(output / arm), data, flags.samples, output / f"after-{arm}", cpu)

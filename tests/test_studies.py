@@ -31,17 +31,20 @@ def test_real_model(demo_base, tmp_path):
     lines = [{"question": ask, "right": n, "samples": [{}] * 4} for ask, n in zip(asked, rights, strict=True)]
     traces.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     command = ["studies/real_model.py", *base, "--cold", demo_base / "model", "--steps", 1, "--questions", 6]
-    command += ["--arms", "cold", "sifted", "example", "tutorial", "--traces", traces.parent]
+    command += ["--arms", "cold", "sifted", "sifted-example", "example", "tutorial"]
+    command += ["--traces", traces.parent]
     done = run_script(*command)
-    sifted = load_questions(str(tmp_path / "sifted-questions"), "train")["prompt"]
-    assert [prompt[-1]["content"] for prompt in sifted] == asked[2:]
+    for arm in ("sifted", "sifted-example"):
+        sifted = load_questions(str(tmp_path / f"{arm}-questions"), "train")["prompt"]
+        assert [prompt[-1]["content"] for prompt in sifted] == asked[2:]
     rows = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
-    assert len(rows) == 2 + 3 + 4 and len({row.count(" | ") for row in rows[2:]}) == 1
-    arms = ("cold", "example", "tutorial")
+    assert len(rows) == 2 + 3 + 5 and len({row.count(" | ") for row in rows[2:]}) == 1
+    arms = ("cold", "example", "tutorial", "sifted-example")
     read = {arm: json.loads((tmp_path / arm / "recipe/recipe.json").read_text()) for arm in arms}
     assert "..." in read["tutorial"]["SYSTEM_PROMPT"] and "..." not in read["cold"]["SYSTEM_PROMPT"]
-    assert [len(read[arm]["EXAMPLE"]) for arm in arms] == [0, 2, 0]
+    assert [len(read[arm]["EXAMPLE"]) for arm in arms] == [0, 2, 0, 2]
     assert read["tutorial"]["REWARD_WEIGHTS"][:5] == [1.0] * 5 and read["cold"]["REWARD_WEIGHTS"][4] > 1
+    assert read["sifted-example"]["REWARD_WEIGHTS"][:4] == [0.0] * 4
     assert json.loads((tmp_path / "before-example/test/eval.json").read_text())["n"] == 6
     assert json.loads((tmp_path / "after-cold/test/eval.json").read_text())["samples"] == 4
     assert (tmp_path / "rewards_real.png").read_bytes().startswith(b"\x89PNG")
