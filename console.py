@@ -53,8 +53,21 @@ def refuse_missing_folder(name: str, what: str) -> None:
 
 
 def constants_of(script: ModuleType) -> dict[str, Any]:
-    """A script's constants, by name: what stands at its top in capitals with a type."""
-    return {name: getattr(script, name) for name in get_type_hints(script) if name.isupper()}
+    """A script's constants, by name: what stands at its top in capitals with a type.
+
+    Raises:
+        UserError: a value in capitals without one, its type lost in editing: it would be passed over in silence.
+    """
+    types = get_type_hints(script)
+    for name, value in vars(script).items():
+        plain = name.isupper() and type(value) in (bool, int, float, str)
+        if plain and name not in types and name not in ("TYPE_CHECKING", "OUT_OF_MEMORY"):
+            script_name = Path(script.__file__).name
+            raise UserError(
+                f"{name} = {value!r} in {script_name} has no type and is not read; write `{name}: "
+                f"{type(value).__name__} = {value!r}`"
+            )
+    return {name: getattr(script, name) for name in types if name.isupper()}
 
 
 def check_types(recipe: SimpleNamespace, script: ModuleType) -> None:
@@ -67,18 +80,29 @@ def check_types(recipe: SimpleNamespace, script: ModuleType) -> None:
             raise UserError(f"{name} = {value!r} is not {allowed}; mend it in {Path(script.__file__).name}")
 
 
+# Constants that a flag overrides for one run
+FLAGS = {
+    "MODEL": "--model",
+    "DATASET": "--dataset",
+    "OUTPUT_DIR": "--output",
+    "SEED": "--seed",
+    "MAX_STEPS": "--max-steps",
+}
+
+
 def check_ranges(constants: dict[str, Any], ranges: dict[str, tuple[str, bool]], script: str) -> None:
     """Raises UserError for the first constant out of its range; a number without one has to be above 0, a text filled.
 
     Args:
         ranges: name -> the range in words, and whether the constant is in it.
-        script: the file to mend.
+        script: the file to mend, by its constant or by the flag that stands for it.
     """
     for name, value in constants.items():
         number = type(value) in (int, float)
         words, holds = ranges.get(name, ("above 0", value > 0) if number else ("a text", value != ""))
         if not holds:
-            raise UserError(f"{name} = {value!r} is not {words}; mend it in {script}, or by its flag")
+            flag = f", or by {FLAGS[name]}" if name in FLAGS else ""
+            raise UserError(f"{name} = {value!r} is not {words}; mend it in {script}{flag}")
 
 
 def is_a(value: Any, kind: Any) -> bool:

@@ -71,7 +71,7 @@ def format_without_correctness(history: History) -> str | None:
     return (
         f"format rises ({form[peak]:.0%} to {form[-1]:.0%}) while correctness falls ({correct[peak]:.0%} to "
         f"{correct[-1]:.0%}): it learns to please, not to calculate. Stop; give correctness_reward more of "
-        "REWARD_WEIGHTS, or lower LEARNING_RATE; the checkpoint with the best held-out accuracy is kept"
+        "REWARD_WEIGHTS, or lower the learning rate; the checkpoint with the best held-out accuracy is kept"
     )
 
 
@@ -89,8 +89,8 @@ def too_many_repeating(history: History) -> str | None:
     if not repeating or repeating[-1] <= REPEATING:
         return None
     return (
-        f"{repeating[-1]:.0%} of the completions end in a repetition: more tokens will not help. Lower LEARNING_RATE, "
-        "or begin with a model that train_sft.py has taught where answers end"
+        f"{repeating[-1]:.0%} of the completions end in a repetition: more tokens will not help. Lower the learning "
+        "rate, or begin with a model that train_sft.py has taught where answers end"
     )
 
 
@@ -117,7 +117,7 @@ def thinking_shrinks(history: History) -> str | None:
         return None
     return (
         f"thinking shrank from {first:.0f} to {last:.0f} characters: read the samples; if the reasoning is "
-        "gone, stop, lower LEARNING_RATE or raise BETA, and look for what the rewards pay short answers"
+        "gone, stop, lower the learning rate or raise BETA, and look for what the rewards pay short answers"
     )
 
 
@@ -147,7 +147,7 @@ def entropy_collapsed(history: History) -> str | None:
         return None
     return (
         f"entropy collapsed from {entropy[0]:.3f} to {entropy[-1]:.3f}: the model hardly explores any more. "
-        "Lower LEARNING_RATE, or raise BETA"
+        "Lower the learning rate, or raise BETA"
     )
 
 
@@ -175,7 +175,7 @@ def not_finite(logs: dict, silent: Collection[str] = ()) -> str | None:
         return None
     mend = ", or mend the reward," if "reward" in logs else ""
     return (
-        f"{', '.join(bad)} not finite: stopped, saving nothing. Lower LEARNING_RATE{mend} and continue "
+        f"{', '.join(bad)} not finite: stopped, saving nothing. Lower the learning rate{mend} and continue "
         "the last checkpoint with --resume"
     )
 

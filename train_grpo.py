@@ -236,9 +236,12 @@ def check_constants(recipe: SimpleNamespace) -> None:
         "BETA": ("0 or more", recipe.BETA >= 0),
         "LORA_DROPOUT": ("from 0, below 1", 0 <= recipe.LORA_DROPOUT < 1),
         "REWARD_MODEL": ("", True),
-        "REWARD_WEIGHTS": (words, is_a(recipe.REWARD_WEIGHTS, list[float]) and weights_fit(recipe.REWARD_WEIGHTS)),
+        "REWARD_WEIGHTS": ("", True),
     }
     check_ranges(vars(recipe), ranges, "train_grpo.py")
+    weights = recipe.REWARD_WEIGHTS
+    fit = is_a(weights, list[float]) and weights_fit(weights)
+    check_ranges({"REWARD_WEIGHTS": weights}, {"REWARD_WEIGHTS": (words, fit)}, "rewards.py")
     if recipe.REWARD_MODEL:
         refuse_missing_folder(recipe.REWARD_MODEL, "REWARD_MODEL")
     if recipe.USE_VLLM and importlib.util.find_spec("vllm") is None:

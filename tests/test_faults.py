@@ -123,8 +123,27 @@ def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> Non
 def test_constant_of_a_wrong_kind(monkeypatch, tmp_path, name, value):
     """A constant of a wrong type or out of range is named with its value and what it may be, before anything loads."""
     monkeypatch.setattr(train_grpo, name, value)
-    with pytest.raises(UserError, match=f"^{name} = {re.escape(repr(value))} is not .*; mend it in train_grpo.py"):
+    file = "rewards.py" if name == "REWARD_WEIGHTS" else "train_grpo.py"
+    flag = ", or by --" if name in ("MODEL", "SEED", "MAX_STEPS") else "$"
+    with pytest.raises(UserError, match=f"^{name} = {re.escape(repr(value))} is not .*; mend it in {file}{flag}"):
         train_grpo.main(["--cpu", "--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("script", "line", "retyped"),
+    [
+        ("train_grpo.py", "USE_LORA: bool = False", "USE_LORA = True"),
+        ("train_sft.py", "MICRO_BATCH: int = 8", "MICRO_BATCH = 4"),
+    ],
+)
+def test_constant_without_its_type(tmp_path, script, line, retyped):
+    """A line retyped as the README's tables show it would no longer be a constant, and change nothing in silence."""
+    text = (ROOT / script).read_text(encoding="utf-8")
+    assert line in text
+    (tmp_path / script).write_text(text.replace(line, retyped), encoding="utf-8")
+    flags = ["--cpu", "--output", tmp_path / "run", *["--traces", "none"] * (script == "train_sft.py")]
+    done = run_script(tmp_path / script, *flags, expect=2, PYTHONPATH=str(ROOT))
+    assert f"{retyped} in {script} has no type" in error_line(done)
 
 
 def test_real_constants_are_right():
