@@ -386,15 +386,19 @@ def bench_growth() -> list[dict]:
     return rows
 
 
-def bench_memory() -> dict[str, float]:
-    """Peak memory of the default recipe, the model it is kept close to (beta) included."""
+def bench_memory() -> dict[str, float | None]:
+    """Peak memory in GB of the default recipe, with and without checkpointing; None where the card has too little."""
     peaks = {}
     for checkpointing in (True, False):
-        made = run(**RECIPE, gradient_checkpointing=checkpointing, fast=True, steps=2)
-        peaks[f"gradient_checkpointing={checkpointing}"] = made["peak"]
+        try:
+            peak = run(**RECIPE, gradient_checkpointing=checkpointing, fast=True, steps=2)["peak"]
+        except torch.OutOfMemoryError:
+            peak = None
+        peaks[f"gradient_checkpointing={checkpointing}"] = peak
+    said = [f"{name} {'too much for this card' if peak is None else f'{peak:.1f} GB'}" for name, peak in peaks.items()]
     print(
         f"\nPeak memory of the default recipe ({RECIPE['completions']} completions of {RECIPE['length']} tokens, "
-        f"micro batch {RECIPE['micro']}): " + ", ".join(f"{name} {peak:.1f} GB" for name, peak in peaks.items())
+        f"micro batch {RECIPE['micro']}): {', '.join(said)}"
     )
     return peaks
 

@@ -7,12 +7,14 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, error_line, run_script
 
 from console import UserError
 from prompts import load_questions
 
 sys.path.insert(0, str(ROOT / "studies"))
+import bench_step  # noqa: E402
 import fuzz_rewards  # noqa: E402
 import study_advantages  # noqa: E402
 import study_gguf  # noqa: E402
@@ -50,6 +52,19 @@ def test_real_model(demo_base, tmp_path):
     assert (tmp_path / "rewards_real.png").read_bytes().startswith(b"\x89PNG")
     again = run_script(*command)
     assert again.stdout == done.stdout[-len(again.stdout) :] and "step" not in again.stdout.split("| --- |")[0]
+
+
+def test_bench_step_on_a_small_card(monkeypatch, capsys):
+    """Where the default recipe does not fit, the benchmark says so and still writes what it measured before."""
+
+    def run(gradient_checkpointing: bool, **others) -> dict:
+        if not gradient_checkpointing:
+            raise torch.OutOfMemoryError
+        return {"peak": 11.25}
+
+    monkeypatch.setattr(bench_step, "run", run)
+    assert bench_step.bench_memory() == {"gradient_checkpointing=True": 11.25, "gradient_checkpointing=False": None}
+    assert "gradient_checkpointing=False too much for this card" in capsys.readouterr().out
 
 
 def test_study_prompts(demo_base, tmp_path):
