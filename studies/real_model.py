@@ -103,17 +103,18 @@ NEEDS = {  # the flags without which an arm cannot run
     "sifted": {"cold": "what train_sft.py made of the model", "traces": "what make_traces.py wrote"},
     "sifted-example": {"traces": "what make_traces.py wrote behind the example"},
 }
+AT_LEAST = {"sifted": 1, "sifted-example": 2}  # right answers of a question's samples for a `sifted` arm to train on it
 CONSTANTS = {name: getattr(train_grpo, name) for name in ("REWARDS", "REWARD_WEIGHTS")}
 PROMPT = {name: getattr(prompts, name) for name in ("SYSTEM_PROMPT", "EXAMPLE")}
 
 
-def sometimes_solved(traces: str) -> set[str]:
-    """The questions that make_traces.py saw answered right at least once, and not always: such groups have spread."""
+def sometimes_solved(traces: str, at_least: int) -> set[str]:
+    """The questions that make_traces.py saw answered right so often and not always: their groups have spread."""
     file = Path(traces, "questions.jsonl")
     if not file.exists():
         raise UserError(f"--traces {traces}: no questions.jsonl there; name a folder that make_traces.py wrote")
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return {line["question"] for line in lines if 0 < line["right"] < len(line["samples"])}
+    return {line["question"] for line in lines if at_least <= line["right"] < len(line["samples"])}
 
 
 def write_questions(dataset: str, folder: Path, count: int, only: set[str] | None = None) -> str:
@@ -232,8 +233,7 @@ def main(argv: list[str] | None = None) -> None:
             if not getattr(flags, flag):
                 raise UserError(f"the arm `{arm}` needs --{flag} FOLDER ({what}); or leave it out: --arms")
 
-    sifts = any("traces" in NEEDS.get(arm, {}) for arm in flags.arms)
-    solved = sometimes_solved(flags.traces) if sifts else None
+    solved = {arm: sometimes_solved(flags.traces, AT_LEAST[arm]) for arm in flags.arms if arm in AT_LEAST}
 
     cpu, output = ["--cpu"] * flags.cpu, flags.output
     data = {"test": write_questions(flags.dataset, output / "questions", flags.questions)}
@@ -251,8 +251,8 @@ def main(argv: list[str] | None = None) -> None:
         start = row(name, measure(model, data, flags.samples, output / before, cpu), {})
         if start not in lines:  # two arms may begin with the same model
             lines.append(start)
-        if "traces" in needs:
-            questions = write_questions(flags.dataset, output / f"{arm}-questions", WATCHED, solved)
+        if arm in solved:
+            questions = write_questions(flags.dataset, output / f"{arm}-questions", WATCHED, solved[arm])
         train(model, questions, output / arm, flags.steps, cpu)
         results = json.loads((output / arm / "results.json").read_text(encoding="utf-8"))
         after = measure(str(output / arm), data, flags.samples, output / f"after-{arm}", cpu)

@@ -27,7 +27,7 @@ def test_real_model(demo_base, tmp_path):
         line = error_line(run_script("studies/real_model.py", *base, *flags, expect=2))
         assert ("--traces" if flags else "--cold") in line and not list(tmp_path.iterdir())
     asked = [prompt[-1]["content"] for prompt in load_questions(str(demo_base / "data"), "train")["prompt"][:30]]
-    rights = [0, 4, *[1, 3] * 14]  # of 4: never right, always, and some that teach
+    rights = [0, 4, *[1, 3] * 14]  # of 4: never right, always, once, and more often
     traces = tmp_path / "traces" / "questions.jsonl"
     traces.parent.mkdir()
     lines = [{"question": ask, "right": n, "samples": [{}] * 4} for ask, n in zip(asked, rights, strict=True)]
@@ -36,9 +36,9 @@ def test_real_model(demo_base, tmp_path):
     command += ["--arms", "cold", "sifted", "sifted-example", "example", "tutorial"]
     command += ["--traces", traces.parent]
     done = run_script(*command)
-    for arm in ("sifted", "sifted-example"):
+    for arm, expected in (("sifted", asked[2:]), ("sifted-example", asked[3::2])):
         sifted = load_questions(str(tmp_path / f"{arm}-questions"), "train")["prompt"]
-        assert [prompt[-1]["content"] for prompt in sifted] == asked[2:]
+        assert [prompt[-1]["content"] for prompt in sifted] == expected
     rows = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
     assert len(rows) == 2 + 3 + 5 and len({row.count(" | ") for row in rows[2:]}) == 1
     arms = ("cold", "example", "tutorial", "sifted-example")
