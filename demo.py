@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from prompts import ANSWER_COLUMN, QUESTION_COLUMN, to_conversation
+from prompts import to_conversation, to_row
 
 # The data set
 TRAIN_QUESTIONS = 1600
@@ -210,7 +210,7 @@ def save_data(splits: dict[str, list[Problem]], folder: Path) -> None:
     disable_progress_bars()
     data = DatasetDict()
     for name, problems in splits.items():
-        rows = [{QUESTION_COLUMN: problem.question, ANSWER_COLUMN: problem.answer} for problem in problems]
+        rows = [to_row(problem.question, problem.answer) for problem in problems]
         data[name] = Dataset.from_list(rows)
     data.save_to_disk(folder)
 

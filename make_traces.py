@@ -9,8 +9,10 @@ label are rewritten into the two blocks of the format, and mixed languages, long
     python make_traces.py --demo               # the demo's model and problems, any machine
 
 `traces.jsonl` in the output folder holds a line for every kept trace: prompt, completion, answer. `questions.jsonl`
-holds a line for every question: its label, all samples and why each fell, how many were right, the traces kept. The
-same command goes on where it was stopped; with another filter it judges anew what was sampled, without a model.
+holds a line for every question: its label, all samples and why each fell, how many were right, the traces kept.
+`sifted` is a data set of those that are right now and then, `train_grpo.py --dataset output/traces/sifted`: their
+groups have spread. The same command goes on where it was stopped; with another filter it judges anew what was sampled,
+without a model.
 """
 
 import argparse
@@ -30,7 +32,7 @@ from typing import TYPE_CHECKING
 import pretraining
 import train_grpo
 from console import UserError, check_ranges, check_types, constants_of, first_line, run
-from prompts import load_questions, to_conversation
+from prompts import load_questions, to_conversation, to_row
 from rewards import (
     chinese_share,
     correctness_reward,
@@ -50,6 +52,7 @@ OUTPUT_DIR: str = "output/traces"  # --output
 SAMPLES: int = 8  # answers a question, 1 or more; more find traces for harder questions, time grows with them
 TEMPERATURE: float = 0.8  # above 0; lower is right more often, higher differs more
 QUESTIONS: int = 16  # asked at a time: 128 answers, whose keys and values take 5 GB beside the 15 GB of a 7B teacher
+SOMETIMES: int = 2  # right answers, but not all, that take a question into `sifted`; 1 of 8 is mostly luck
 FREE_PROMPT: str = "请一步一步推理，最后把答案写在 \\boxed{} 里"  # behind the question, under --free
 
 # -------------------------------------------------------------------------------- the filters, each on the thinking
@@ -197,6 +200,27 @@ def write(path: Path, rows: list[dict]) -> None:
     os.replace(temporary, path)
 
 
+def write_sifted(folder: Path, rows: list[dict], dataset: str) -> str:
+    """A data set for train_grpo.py: the questions that are right now and then, and the test split as it is.
+
+    Returns:
+        what to say of it.
+    """
+    train = [(row["question"], row["label"]) for row in rows if SOMETIMES <= row["right"] < SAMPLES]
+    try:
+        test = load_questions(dataset, "test")
+    except UserError as error:  # an hour of sampling is not lost for that
+        return f"none: {error}"
+    if not train:
+        (folder / "train.jsonl").unlink(missing_ok=True)  # of another SOMETIMES
+        return f"none: no question right {SOMETIMES} to {SAMPLES - 1} times of {SAMPLES}"
+    asked = [prompt[-1]["content"] for prompt in test["prompt"]]
+    folder.mkdir(exist_ok=True)
+    for split, pairs in (("test", zip(asked, test["answer"], strict=True)), ("train", train)):
+        write(folder / f"{split}.jsonl", [to_row(text, label) for text, label in pairs])
+    return f"{folder}: {len(train)} questions right {SOMETIMES} to {SAMPLES - 1} times of {SAMPLES}"
+
+
 def append(path: Path, rows: list[dict]) -> None:
     """Add lines, on the disk when this returns. Raises UserError where that is full; a torn line is no loss."""
     try:
@@ -341,6 +365,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"right      {pass_rate(rows):.1%} of the samples, {solved} questions at least once")
     print(f"kept       {len(traces)} traces of {covered} questions, {lengths[len(lengths) // 2]} characters (median)")
     print(f"fell       {why}")
+    print(f"sifted     {write_sifted(output / 'sifted', rows, dataset)}")
     print(f"written    {traces_file}, {log}")
 
 

@@ -66,6 +66,11 @@ def to_conversation(question: str, system: str | None = None, example: list[dict
     return [{"role": "system", "content": system}, *example, {"role": "user", "content": question}]
 
 
+def to_row(question: str, answer: int) -> dict:
+    """A line of a data set folder's train.jsonl or test.jsonl."""
+    return {QUESTION_COLUMN: question, ANSWER_COLUMN: answer}
+
+
 def read_split(dataset: str, split: str) -> Dataset:
     """One split of a hub id or of a local folder (save_to_disk, parquet, JSON lines). Raises UserError."""
     from datasets import DatasetDict, disable_progress_bars, load_dataset, load_from_disk

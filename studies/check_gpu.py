@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import qwen
 
 import train_grpo
-from prompts import ANSWER_COLUMN, QUESTION_COLUMN
+from prompts import to_row
 
 ENDS = {"eos_token_id": 151645, "pad_token_id": 151643, "bos_token_id": None}
 ROOT = Path(train_grpo.__file__).parent
@@ -47,7 +47,7 @@ def main() -> None:
     rows = []
     for i in range(400):
         a, b, c, d = 10 + i, 1 + i % 7, 2 + i % 5, 20 + i % 9
-        rows.append({QUESTION_COLUMN: QUESTION.format(a=a, b=b, c=c, d=d), ANSWER_COLUMN: a * (b + c)})
+        rows.append(to_row(QUESTION.format(a=a, b=b, c=c, d=d), a * (b + c)))
     data = DatasetDict(train=Dataset.from_list(rows[:384]), test=Dataset.from_list(rows[384:]))
     with tempfile.TemporaryDirectory(prefix="check_gpu_") as name:
         folder = Path(name)

@@ -134,7 +134,7 @@ def write_questions(dataset: str, folder: Path, count: int, only: set[str] | Non
                 pairs = [pair for pair in pairs if pair[0] in only]
             if split == "test" and count < len(pairs):
                 pairs = random.Random(0).sample(pairs, count)
-            lines = [{prompts.QUESTION_COLUMN: question, prompts.ANSWER_COLUMN: label} for question, label in pairs]
+            lines = [prompts.to_row(question, label) for question, label in pairs]
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
     return str(folder)

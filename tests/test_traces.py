@@ -17,7 +17,7 @@ import make_traces
 import models
 from console import UserError
 from make_traces import fault_of, judge, rewrite
-from prompts import ANSWER_COLUMN, QUESTION_COLUMN, to_conversation
+from prompts import ANSWER_COLUMN, QUESTION_COLUMN, load_questions, to_conversation
 from rewards import REWARD_MAXIMA, REWARDS
 from rollout import Sampler
 
@@ -271,7 +271,7 @@ class Boxer:
         return [[*map(ord, f"{STEPS}\n想了 {i} 遍，一共 \\boxed{{72}} 个"), 0] for i in range(len(prompt_ids))]
 
 
-def test_free(tmp_path, monkeypatch):
+def test_free(tmp_path, monkeypatch, capsys):
     """Sampled under the free prompt, written under the training prompt; stricter filters need no model."""
     data = [json.dumps({QUESTION_COLUMN: f"{QUESTION}{i}", ANSWER_COLUMN: 72}) + "\n" for i in range(3)]
     for name in ("train.jsonl", "test.jsonl"):
@@ -285,6 +285,7 @@ def test_free(tmp_path, monkeypatch):
         make_traces.main(["--free", "--output", str(output), "--cpu"])
     make_traces.main(arguments)
     lines = [json.loads(line) for line in (output / "traces.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert "sifted     none" in capsys.readouterr().out  # all of them are always right
     assert [line["prompt"] for line in lines[:: make_traces.KEEP]] == [to_conversation(f"{QUESTION}{i}") for i in "012"]
     assert "boxed" not in str(lines) and boxer.drawn == 3 * make_traces.SAMPLES
     with pytest.raises(UserError, match="free True"):  # not with those drawn under another prompt
@@ -300,6 +301,25 @@ def test_free(tmp_path, monkeypatch):
     (tmp_path / "data" / "train.jsonl").write_text("".join(reversed(data)))
     with pytest.raises(UserError, match="other questions"):
         make_traces.main(arguments)
+
+
+def test_sifted(tmp_path, monkeypatch):
+    """Questions that are right now and then become a data set for train_grpo.py, with the test split as it is."""
+    data, folder = tmp_path / "data", tmp_path / "sifted"
+    data.mkdir()
+    lines = [json.dumps({QUESTION_COLUMN: f"{QUESTION}{i}", ANSWER_COLUMN: i}) + "\n" for i in range(9)]
+    (data / "train.jsonl").write_text("".join(lines[:2]))
+    rows = [{"question": f"{QUESTION}{i}", "label": i, "right": i} for i in range(9)]
+    assert "no split 'test'" in make_traces.write_sifted(folder, rows, str(data)) and not folder.exists()
+    (data / "test.jsonl").write_text("".join(lines[5:]))
+    said = make_traces.write_sifted(folder, rows, str(data))
+    assert said == f"{folder}: 6 questions right 2 to 7 times of 8"
+    for split, labels in (("train", range(2, 8)), ("test", range(5, 9))):
+        read = load_questions(str(folder), split)
+        assert list(read["answer"]) == list(labels)
+        assert [prompt[-1]["content"] for prompt in read["prompt"]] == [f"{QUESTION}{i}" for i in labels]
+    monkeypatch.setattr(make_traces, "SOMETIMES", 8)  # nothing of before is left for train_grpo.py to find
+    assert "none" in make_traces.write_sifted(folder, rows, str(data)) and not (folder / "train.jsonl").exists()
 
 
 @pytest.mark.parametrize("line", ["nonsense", "5", "{}", '{"question": 1, "label": 2, "samples": 3}', "\0"])
