@@ -9,7 +9,7 @@ import sys
 
 import train_grpo
 from console import run
-from prompts import to_conversation
+from prompts import check_prompt, to_conversation
 
 
 def main() -> None:
@@ -27,7 +27,9 @@ def main() -> None:
     from models import encode, find_beside, load_model, pick_device
     from rollout import make_sampler
 
-    recipe = train_grpo.default_recipe() | find_beside(flags.model, "recipe/recipe.json")
+    trained = find_beside(flags.model, "recipe/recipe.json")
+    check_prompt(trained)
+    recipe = train_grpo.default_recipe() | trained
     model, tokenizer = load_model(flags.model)
     device, autocast = pick_device(flags.cpu, recipe["BF16"])
     sampler = make_sampler(model.to(device).eval(), tokenizer, autocast)

@@ -14,7 +14,7 @@ import train_grpo
 from accuracy import describe, describe_samples, evaluate, evaluate_samples
 from console import UserError, run
 from models import find_beside, load_model, pick_device
-from prompts import load_questions
+from prompts import check_prompt, load_questions
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -36,7 +36,9 @@ def main(argv: list[str] | None = None) -> None:
 
     from rollout import make_sampler
 
-    recipe = train_grpo.default_recipe() | find_beside(flags.model, "recipe/recipe.json")
+    trained = find_beside(flags.model, "recipe/recipe.json")
+    check_prompt(trained)
+    recipe = train_grpo.default_recipe() | trained
     model, tokenizer = load_model(flags.model)
     dataset = flags.dataset or find_beside(flags.model, "results.json").get("dataset", recipe["DATASET"])
     questions = load_questions(dataset, flags.split)

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 import pretraining
 import train_grpo
 from console import UserError, check_ranges, check_types, constants_of, first_line, run
-from prompts import load_questions, to_conversation, to_row
+from prompts import check_prompt, load_questions, to_conversation, to_row
 from rewards import (
     chinese_share,
     correctness_reward,
@@ -302,6 +302,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # as the model was trained, if it was here; and no trace may be longer than what its student may write
     trained = vars(recipe) | find_beside(recipe.MODEL, "recipe/recipe.json")
+    if not flags.free:
+        check_prompt(trained)
     tokens, dataset = trained["MAX_COMPLETION_TOKENS"], recipe.DATASET
     if not (flags.dataset or flags.demo):
         dataset = find_beside(recipe.MODEL, "results.json").get("dataset", dataset)

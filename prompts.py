@@ -66,6 +66,17 @@ def to_conversation(question: str, system: str | None = None, example: list[dict
     return [{"role": "system", "content": system}, *example, {"role": "user", "content": question}]
 
 
+def check_prompt(trained: dict) -> None:
+    """Say in a line where a model was trained under another prompt than this file has: it answers worse under this one.
+
+    Args:
+        trained: its recipe.json; {} where there is none.
+    """
+    for name, value in {"SYSTEM_PROMPT": SYSTEM_PROMPT, "EXAMPLE": EXAMPLE}.items():
+        if trained.get(name, value) != value:
+            note(f"this model was trained under another {name} than stands in prompts.py; under this one it is worse")
+
+
 def to_row(question: str, answer: int) -> dict:
     """A line of a data set folder's train.jsonl or test.jsonl."""
     return {QUESTION_COLUMN: question, ANSWER_COLUMN: answer}

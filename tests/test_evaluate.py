@@ -2,11 +2,13 @@
 
 import json
 import math
+import shutil
 
 import pytest
 from conftest import error_line, run_script
 
 import evaluate as evaluate_script
+import prompts
 from accuracy import evaluate, evaluate_samples, grade, interval, summarize, summarize_samples
 from prompts import to_conversation
 
@@ -155,6 +157,24 @@ def test_chat_script(demo_base):
     assert run_script("chat.py", demo_base / "model", stdin="5分钟多少秒\nexit\n6小时多少分钟\n").stdout in done.stdout
     sampled = run_script("chat.py", demo_base / "model", "--temperature", 2, stdin="5分钟多少秒\n")
     assert sampled.stdout.strip()
+
+
+def test_another_prompt_than_in_training(demo_base, tmp_path):
+    """What a model was trained behind belongs to it: where prompts.py has another EXAMPLE by now, a line says so."""
+    model = tmp_path / "model"
+    shutil.copytree(demo_base / "model", model)
+    (model / "recipe").mkdir()
+    said = "note: this model was trained under another EXAMPLE"
+    for example in (prompts.EXAMPLE, prompts.WORKED_EXAMPLE):
+        trained = {"SYSTEM_PROMPT": prompts.SYSTEM_PROMPT, "EXAMPLE": example}
+        (model / "recipe/recipe.json").write_text(json.dumps(trained))
+        flags = ["--dataset", demo_base / "data", "--limit", 2]
+        for done in (
+            run_script("evaluate.py", model, *flags),
+            run_script("chat.py", model, stdin="5分钟多少秒\n"),
+            run_script("make_traces.py", "--model", model, *flags, "--output", tmp_path / str(len(example)), expect=2),
+        ):
+            assert (said in done.stdout) == (example != prompts.EXAMPLE) and "SYSTEM_PROMPT" not in done.stdout
 
 
 @pytest.mark.parametrize("script", ["evaluate.py", "chat.py"])
