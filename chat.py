@@ -5,6 +5,7 @@ echo 5分钟多少秒 | python chat.py output
 """
 
 import argparse
+import os
 import sys
 
 import train_grpo
@@ -52,3 +53,5 @@ if __name__ == "__main__":
     except (EOFError, KeyboardInterrupt):  # Ctrl-D, the end of a pipe, Ctrl-C
         if sys.stdin.isatty():
             print()
+    except BrokenPipeError:  # whoever reads our answers, `head` say, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again as it ends

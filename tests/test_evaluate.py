@@ -3,9 +3,11 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 
 import pytest
-from conftest import error_line, run_script
+from conftest import ROOT, error_line, run_script
 
 import evaluate as evaluate_script
 import prompts
@@ -157,6 +159,16 @@ def test_chat_script(demo_base):
     assert run_script("chat.py", demo_base / "model", stdin="5分钟多少秒\nexit\n6小时多少分钟\n").stdout in done.stdout
     sampled = run_script("chat.py", demo_base / "model", "--temperature", 2, stdin="5分钟多少秒\n")
     assert sampled.stdout.strip()
+
+
+def test_chat_into_a_closed_pipe(demo_base):
+    """`python chat.py MODEL | head -c1` ends without a traceback."""
+    command = [sys.executable, "chat.py", str(demo_base / "model")]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    chat = subprocess.Popen(command, cwd=ROOT, **pipes, text=True)
+    chat.stdout.close()
+    _, said = chat.communicate("5分钟多少秒\n" * 3, timeout=300)
+    assert "Traceback" not in said and "BrokenPipe" not in said and chat.returncode == 0
 
 
 def test_another_prompt_than_in_training(demo_base, tmp_path):
