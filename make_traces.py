@@ -360,6 +360,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{'without' if flags.free else 'with'} --free, pass a better --model, or loosen the filter in question"
         )
     write(traces_file, traces)
+    sifted = write_sifted(output / "sifted", rows, dataset)
     solved, covered = (sum(bool(row[name]) for row in rows) for name in ("right", "kept"))
     lengths = sorted(len(trace["completion"][0]["content"]) for trace in traces)
     print(f"model      {recipe.MODEL}")
@@ -367,7 +368,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"right      {pass_rate(rows):.1%} of the samples, {solved} questions at least once")
     print(f"kept       {len(traces)} traces of {covered} questions, {lengths[len(lengths) // 2]} characters (median)")
     print(f"fell       {why}")
-    print(f"sifted     {write_sifted(output / 'sifted', rows, dataset)}")
+    print(f"sifted     {sifted}")
     print(f"written    {traces_file}, {log}")
 
 
