@@ -12,7 +12,8 @@ label are rewritten into the two blocks of the format, and mixed languages, long
 holds a line for every question: its label, all samples and why each fell, how many were right, the traces kept.
 `sifted` is a data set of those that are right now and then, `train_grpo.py --dataset output/traces/sifted`: their
 groups have spread. The same command goes on where it was stopped; with another filter it judges anew what was sampled,
-without a model.
+without a model. A trained model is asked under its own prompt, and its traces are written under that of prompts.py:
+so what it learned behind an EXAMPLE can be taught to one that is asked without.
 """
 
 import argparse
@@ -31,8 +32,8 @@ from typing import TYPE_CHECKING
 
 import pretraining
 import train_grpo
-from console import UserError, check_ranges, check_types, constants_of, first_line, run
-from prompts import check_prompt, load_questions, to_conversation, to_row
+from console import UserError, check_ranges, check_types, constants_of, first_line, note, run
+from prompts import load_questions, to_conversation, to_row
 from rewards import (
     chinese_share,
     correctness_reward,
@@ -245,9 +246,15 @@ def load_sampler(name: str, cpu: bool, bf16: bool) -> tuple["Sampler | PlainSamp
     return make_sampler(model.to(device).eval(), tokenizer), tokenizer
 
 
-def ask(question: str, free: bool) -> list[dict]:
-    """What the model is asked: as in training, or freely, without a system message."""
-    return [{"role": "user", "content": f"{question}\n{FREE_PROMPT}"}] if free else to_conversation(question)
+def ask(question: str, free: bool, trained: dict) -> list[dict]:
+    """What the model is asked: as it was trained, prompts.py where that is not known; or freely, without more.
+
+    Args:
+        trained: its recipe.json; {} where there is none.
+    """
+    if free:
+        return [{"role": "user", "content": f"{question}\n{FREE_PROMPT}"}]
+    return to_conversation(question, trained.get("SYSTEM_PROMPT"), trained.get("EXAMPLE"))
 
 
 def sample(
@@ -302,13 +309,14 @@ def main(argv: list[str] | None = None) -> None:
 
     # as the model was trained, if it was here; and no trace may be longer than what its student may write
     trained = vars(recipe) | find_beside(recipe.MODEL, "recipe/recipe.json")
-    if not flags.free:
-        check_prompt(trained)
+    prompt = ask("", flags.free, trained)
+    if not flags.free and prompt != to_conversation(""):
+        note("the model is asked under the prompt that it was trained under; its traces get that of prompts.py")
     tokens, dataset = trained["MAX_COMPLETION_TOKENS"], recipe.DATASET
     if not (flags.dataset or flags.demo):
         dataset = find_beside(recipe.MODEL, "results.json").get("dataset", dataset)
     settings = {"model": recipe.MODEL, "dataset": dataset, "split": flags.split, "limit": flags.limit}
-    settings |= {"seed": recipe.SEED, "free": flags.free, "prompt": ask("", flags.free), "tokens": tokens}
+    settings |= {"seed": recipe.SEED, "free": flags.free, "prompt": prompt, "tokens": tokens}
     claim(output, settings | {"SAMPLES": SAMPLES, "TEMPERATURE": TEMPERATURE})
     if flags.demo:
         pretraining.provide(output / "base", flags.model, flags.dataset)
@@ -333,7 +341,7 @@ def main(argv: list[str] | None = None) -> None:
         # of seed and place: a batch comes out the same, whether all before it were drawn in this run or not
         torch.manual_seed(random.Random(f"{recipe.SEED} {len(rows)}").getrandbits(32))
         try:
-            drawn = sample(sampler, tokenizer, [ask(question, flags.free) for question, _ in batch], tokens)
+            drawn = sample(sampler, tokenizer, [ask(question, flags.free, trained) for question, _ in batch], tokens)
         except torch.OutOfMemoryError as error:
             raise UserError("out of GPU memory; lower QUESTIONS, and the same command goes on") from error
         new = [judge(question, label, samples) for (question, label), samples in zip(batch, drawn, strict=True)]
@@ -344,7 +352,7 @@ def main(argv: list[str] | None = None) -> None:
         progress = f"question {len(rows):4}/{len(asked)}  right {pass_rate(rows):4.0%}  kept {kept}"
         print(f"{progress}  left {timedelta(seconds=round(seconds))}", flush=True)
 
-    # ---- the traces, under the prompt of training whatever they were sampled under
+    # ---- the traces, under the prompt of prompts.py whatever they were sampled under
     traces = [
         {"prompt": to_conversation(row["question"]), "completion": [{"role": "assistant", "content": trace}]}
         | {"answer": row["label"], "right": row["right"], "samples": SAMPLES}

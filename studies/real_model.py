@@ -4,8 +4,8 @@
     python studies/real_model.py MODEL DATA --arms tutorial --steps 2 --questions 8    # a try
 
 MODEL and DATA are what `train_grpo.py --model --dataset` takes; --cold is what train_sft.py made of MODEL, --traces
-what make_traces.py wrote: its samples tell which questions are sometimes solved, and the `sifted` arms train on those.
-For `sifted` they were drawn with --free, for `sifted-example` from MODEL with EXAMPLE = WORKED_EXAMPLE in prompts.py.
+what make_traces.py wrote: the `sifted` arms train on its `sifted`, the questions that were right now and then. Who
+answered them was for `sifted-example` MODEL behind the example, for `sifted` the one whose traces --cold was taught.
 Every arm is train_grpo.main() under RECIPE. Before and after it its model answers, under the arm's own prompt, the
 same sample of test questions, greedily and with --samples answers at temperature 1, and those of MGSM.
 Stopped at any time, the same command goes on.
@@ -103,26 +103,12 @@ NEEDS = {  # the flags without which an arm cannot run
     "sifted": {"cold": "what train_sft.py made of the model", "traces": "what make_traces.py wrote"},
     "sifted-example": {"traces": "what make_traces.py wrote behind the example"},
 }
-AT_LEAST = {"sifted": 1, "sifted-example": 2}  # right answers of a question's samples for a `sifted` arm to train on it
 CONSTANTS = {name: getattr(train_grpo, name) for name in ("REWARDS", "REWARD_WEIGHTS")}
 PROMPT = {name: getattr(prompts, name) for name in ("SYSTEM_PROMPT", "EXAMPLE")}
 
 
-def sometimes_solved(traces: str, at_least: int) -> set[str]:
-    """The questions that make_traces.py saw answered right so often and not always: their groups have spread."""
-    file = Path(traces, "questions.jsonl")
-    if not file.exists():
-        raise UserError(f"--traces {traces}: no questions.jsonl there; name a folder that make_traces.py wrote")
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return {line["question"] for line in lines if at_least <= line["right"] < len(line["samples"])}
-
-
-def write_questions(dataset: str, folder: Path, count: int, only: set[str] | None = None) -> str:
-    """A data set folder with the training questions of `dataset` and `count` of its test questions, always the same.
-
-    Args:
-        only: of the training questions these.
-    """
+def write_questions(dataset: str, folder: Path, count: int) -> str:
+    """A data set folder with the training questions of `dataset` and `count` of its test questions, always the same."""
     if not (folder / "test.jsonl").exists():  # written last
         folder.mkdir(parents=True, exist_ok=True)
         for split in ("train", "test"):
@@ -130,8 +116,6 @@ def write_questions(dataset: str, folder: Path, count: int, only: set[str] | Non
             pairs = [
                 (prompt[-1]["content"], label) for prompt, label in zip(rows["prompt"], rows["answer"], strict=True)
             ]
-            if split == "train" and only is not None:
-                pairs = [pair for pair in pairs if pair[0] in only]
             if split == "test" and count < len(pairs):
                 pairs = random.Random(0).sample(pairs, count)
             lines = [prompts.to_row(question, label) for question, label in pairs]
@@ -219,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("model", help="hub id or folder")
     parser.add_argument("dataset", help="hub id or folder")
     parser.add_argument("--cold", help="what train_sft.py made of the model; `cold` and `sifted` begin there")
-    parser.add_argument("--traces", help="what make_traces.py wrote; `sifted` trains on some of its questions")
+    parser.add_argument("--traces", help="what make_traces.py wrote; the `sifted` arms train on its `sifted`")
     parser.add_argument("--mgsm", help="data set folder with MGSM's questions as its test split, measured besides")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--steps", type=int, default=RECIPE["MAX_STEPS"], help="of each arm")
@@ -233,7 +217,8 @@ def main(argv: list[str] | None = None) -> None:
             if not getattr(flags, flag):
                 raise UserError(f"the arm `{arm}` needs --{flag} FOLDER ({what}); or leave it out: --arms")
 
-    solved = {arm: sometimes_solved(flags.traces, AT_LEAST[arm]) for arm in flags.arms if arm in AT_LEAST}
+        if "traces" in NEEDS.get(arm, {}) and not Path(flags.traces, "sifted", "train.jsonl").exists():
+            raise UserError(f"--traces {flags.traces}: no `sifted` there; name a folder where make_traces.py wrote one")
 
     cpu, output = ["--cpu"] * flags.cpu, flags.output
     data = {"test": write_questions(flags.dataset, output / "questions", flags.questions)}
@@ -251,8 +236,8 @@ def main(argv: list[str] | None = None) -> None:
         start = row(name, measure(model, data, flags.samples, output / before, cpu), {})
         if start not in lines:  # two arms may begin with the same model
             lines.append(start)
-        if arm in solved:
-            questions = write_questions(flags.dataset, output / f"{arm}-questions", WATCHED, solved[arm])
+        if "traces" in needs:
+            questions = write_questions(f"{flags.traces}/sifted", output / f"{arm}-questions", WATCHED)
         train(model, questions, output / arm, flags.steps, cpu)
         results = json.loads((output / arm / "results.json").read_text(encoding="utf-8"))
         after = measure(str(output / arm), data, flags.samples, output / f"after-{arm}", cpu)

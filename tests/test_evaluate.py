@@ -180,11 +180,9 @@ def test_another_prompt_than_in_training(demo_base, tmp_path):
     for example in (prompts.EXAMPLE, prompts.WORKED_EXAMPLE):
         trained = {"SYSTEM_PROMPT": prompts.SYSTEM_PROMPT, "EXAMPLE": example}
         (model / "recipe/recipe.json").write_text(json.dumps(trained))
-        flags = ["--dataset", demo_base / "data", "--limit", 2]
         for done in (
-            run_script("evaluate.py", model, *flags),
+            run_script("evaluate.py", model, "--dataset", demo_base / "data", "--limit", 2),
             run_script("chat.py", model, stdin="5分钟多少秒\n"),
-            run_script("make_traces.py", "--model", model, *flags, "--output", tmp_path / str(len(example)), expect=2),
         ):
             assert (said in done.stdout) == (example != prompts.EXAMPLE) and "SYSTEM_PROMPT" not in done.stdout
 

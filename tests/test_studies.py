@@ -26,19 +26,17 @@ def test_real_model(demo_base, tmp_path):
     for flags in ([], ["--cold", demo_base / "model"], ["--cold", demo_base / "model", "--traces", tmp_path]):
         line = error_line(run_script("studies/real_model.py", *base, *flags, expect=2))
         assert ("--traces" if flags else "--cold") in line and not list(tmp_path.iterdir())
-    asked = [prompt[-1]["content"] for prompt in load_questions(str(demo_base / "data"), "train")["prompt"][:30]]
-    rights = [0, 4, *[1, 3] * 14]  # of 4: never right, always, once, and more often
-    traces = tmp_path / "traces" / "questions.jsonl"
-    traces.parent.mkdir()
-    lines = [{"question": ask, "right": n, "samples": [{}] * 4} for ask, n in zip(asked, rights, strict=True)]
-    traces.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    sifted = tmp_path / "traces" / "sifted"
+    shutil.copytree(demo_base / "data", sifted)
+    chosen = (sifted / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[3:30:2]
+    (sifted / "train.jsonl").write_text("".join(chosen), encoding="utf-8")
     command = ["studies/real_model.py", *base, "--cold", demo_base / "model", "--steps", 1, "--questions", 6]
     command += ["--arms", "cold", "sifted", "sifted-example", "example", "tutorial"]
-    command += ["--traces", traces.parent]
+    command += ["--traces", sifted.parent]
     done = run_script(*command)
-    for arm, expected in (("sifted", asked[2:]), ("sifted-example", asked[3::2])):
-        sifted = load_questions(str(tmp_path / f"{arm}-questions"), "train")["prompt"]
-        assert [prompt[-1]["content"] for prompt in sifted] == expected
+    expected = load_questions(str(sifted), "train").to_list()
+    for arm in ("sifted", "sifted-example"):
+        assert load_questions(str(tmp_path / f"{arm}-questions"), "train").to_list() == expected
     rows = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
     assert len(rows) == 2 + 3 + 5 and len({row.count(" | ") for row in rows[2:]}) == 1
     arms = ("cold", "example", "tutorial", "sifted-example")

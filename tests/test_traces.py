@@ -17,7 +17,7 @@ import make_traces
 import models
 from console import UserError
 from make_traces import fault_of, judge, rewrite
-from prompts import ANSWER_COLUMN, QUESTION_COLUMN, load_questions, to_conversation
+from prompts import ANSWER_COLUMN, QUESTION_COLUMN, WORKED_EXAMPLE, load_questions, to_conversation
 from rewards import REWARD_MAXIMA, REWARDS
 from rollout import Sampler
 
@@ -301,6 +301,34 @@ def test_free(tmp_path, monkeypatch, capsys):
     (tmp_path / "data" / "train.jsonl").write_text("".join(reversed(data)))
     with pytest.raises(UserError, match="other questions"):
         make_traces.main(arguments)
+
+
+def test_a_trained_model_is_asked_as_it_was_trained(tmp_path, monkeypatch, capsys):
+    """Behind its own example, whatever prompts.py says by now; its traces are written under prompts.py's prompt."""
+    for name in ("data", "model/recipe"):
+        (tmp_path / name).mkdir(parents=True)
+    row = json.dumps({QUESTION_COLUMN: QUESTION, ANSWER_COLUMN: 72}) + "\n"
+    for name in ("train.jsonl", "test.jsonl"):
+        (tmp_path / "data" / name).write_text(row)
+    asked = []
+
+    class Taught(Boxer):
+        def generate(self, prompt_ids, max_new_tokens, temperature):
+            asked.extend("".join(map(chr, ids)) for ids in prompt_ids)
+            trace = make_traces.to_trace(STEPS, 72)
+            return [[*map(ord, trace), 0] for _ in prompt_ids]
+
+    monkeypatch.setattr(make_traces, "load_sampler", lambda *_: (Taught(), Letters()))
+    for example in ([], WORKED_EXAMPLE):
+        recipe = {"SYSTEM_PROMPT": "按格式", "EXAMPLE": example, "MAX_COMPLETION_TOKENS": 320}
+        (tmp_path / "model/recipe/recipe.json").write_text(json.dumps(recipe))
+        output = tmp_path / f"out{len(example)}"
+        flags = ["--model", str(tmp_path / "model"), "--dataset", str(tmp_path / "data"), "--output", str(output)]
+        make_traces.main([*flags, "--cpu"])
+        assert "按格式" in asked[-1] and ("小明有3盒铅笔" in asked[-1]) == bool(example)
+        assert "its traces get that of prompts.py" in capsys.readouterr().out
+        (line,) = map(json.loads, (output / "traces.jsonl").read_text(encoding="utf-8").splitlines())
+        assert line["prompt"] == to_conversation(QUESTION)
 
 
 def test_sifted(tmp_path, monkeypatch):
