@@ -278,7 +278,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset", help="hub id or folder (default: what the model was trained on)")
     parser.add_argument("--split", default="train", help="any but the test split (default: train)")
     parser.add_argument("--output", help=f"where this run writes (default: {OUTPUT_DIR}, the demo: output/demo)")
-    parser.add_argument("--limit", type=int, help="the first so many questions only")
+    parser.add_argument("--skip", type=int, help="leave out the first so many questions, which were learned say")
+    parser.add_argument("--limit", type=int, help="then ask so many only")
     parser.add_argument("--seed", type=int, help=f"of the sampling (default: {train_grpo.SEED})")
     parser.add_argument("--free", action="store_true", help="ask for a \\boxed{} instead of the format")
     parser.add_argument("--demo", action="store_true", help="the demo's model and problems, any machine")
@@ -290,6 +291,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(
             "--free --demo: the demo's model has never seen a \\boxed{}; leave out --free, or name a --model"
         )
+    if flags.skip is not None and flags.skip < 1:
+        raise UserError(f"--skip {flags.skip}: 1 or more; leave it out to skip none")
     if flags.limit is not None and flags.limit < 1:
         raise UserError(f"--limit {flags.limit}: at least 1 question is needed")
     constants = constants_of(sys.modules[__name__])
@@ -315,8 +318,9 @@ def main(argv: list[str] | None = None) -> None:
     tokens, dataset = trained["MAX_COMPLETION_TOKENS"], recipe.DATASET
     if not (flags.dataset or flags.demo):
         dataset = find_beside(recipe.MODEL, "results.json").get("dataset", dataset)
-    settings = {"model": recipe.MODEL, "dataset": dataset, "split": flags.split, "limit": flags.limit}
-    settings |= {"seed": recipe.SEED, "free": flags.free, "prompt": prompt, "tokens": tokens}
+    settings = {"model": recipe.MODEL, "dataset": dataset, "split": flags.split}
+    settings |= {"skip": flags.skip, "limit": flags.limit, "seed": recipe.SEED, "free": flags.free}
+    settings |= {"prompt": prompt, "tokens": tokens}
     claim(output, settings | {"SAMPLES": SAMPLES, "TEMPERATURE": TEMPERATURE})
     if flags.demo:
         pretraining.provide(output / "base", flags.model, flags.dataset)
@@ -326,7 +330,9 @@ def main(argv: list[str] | None = None) -> None:
     # ---- the questions, and those that an earlier run has sampled
     questions = load_questions(dataset, flags.split)
     pairs = zip(questions["prompt"], questions["answer"], strict=True)
-    asked = [(prompt[-1]["content"], label) for prompt, label in pairs][: flags.limit]
+    asked = [(prompt[-1]["content"], label) for prompt, label in pairs][flags.skip :][: flags.limit]
+    if not asked:
+        raise UserError(f"--skip {flags.skip}: the data set {dataset!r} has only {len(questions)} questions there")
     rows = read_log(log, asked)
     if len(rows) < len(asked):
         rows = rows[: len(rows) // QUESTIONS * QUESTIONS]  # a batch is drawn whole, else its draws would differ

@@ -235,6 +235,8 @@ def test_nothing_kept(demo_output):
     [
         (["--split", "test"], "test questions measure"),
         (["--limit", "0"], "--limit 0"),
+        (["--skip", "0"], "--skip 0"),
+        (["--skip", "99999", "--output", "{output}"], "--skip 99999: .* has only"),
         (["--free", "--demo"], "leave out --free"),
         (["--model", "./nowhere", "--output", "{output}"], "'./nowhere'"),
         (["--output", __file__], "cannot be used"),
@@ -301,6 +303,21 @@ def test_free(tmp_path, monkeypatch, capsys):
     (tmp_path / "data" / "train.jsonl").write_text("".join(reversed(data)))
     with pytest.raises(UserError, match="other questions"):
         make_traces.main(arguments)
+
+
+def test_skip(tmp_path, monkeypatch):
+    """Questions whose answers were learned are left out, then as many asked as --limit says."""
+    (tmp_path / "data").mkdir()
+    lines = [json.dumps({QUESTION_COLUMN: f"{QUESTION}{i}", ANSWER_COLUMN: 72}) + "\n" for i in range(5)]
+    for name in ("train.jsonl", "test.jsonl"):
+        (tmp_path / "data" / name).write_text("".join(lines))
+    monkeypatch.setattr(make_traces, "load_sampler", lambda *_: (Boxer(), Letters()))
+    flags = ["--free", "--dataset", str(tmp_path / "data"), "--output", str(tmp_path / "out"), "--cpu"]
+    make_traces.main([*flags, "--skip", "2", "--limit", "2"])
+    rows = [json.loads(line) for line in (tmp_path / "out/questions.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["question"] for row in rows] == [f"{QUESTION}2", f"{QUESTION}3"]
+    with pytest.raises(UserError, match="skip 2, and now it is None"):
+        make_traces.main([*flags, "--limit", "2"])
 
 
 def test_a_trained_model_is_asked_as_it_was_trained(tmp_path, monkeypatch, capsys):
