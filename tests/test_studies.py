@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, error_line, run_script
 
 from console import UserError
-from prompts import load_questions
+from prompts import load_questions, to_row
 
 sys.path.insert(0, str(ROOT / "studies"))
 import bench_step  # noqa: E402
@@ -27,9 +27,11 @@ def test_real_model(demo_base, tmp_path):
         line = error_line(run_script("studies/real_model.py", *base, *flags, expect=2))
         assert ("--traces" if flags else "--cold") in line and not list(tmp_path.iterdir())
     sifted = tmp_path / "traces" / "sifted"
-    shutil.copytree(demo_base / "data", sifted)
-    chosen = (sifted / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[3:30:2]
-    (sifted / "train.jsonl").write_text("".join(chosen), encoding="utf-8")
+    sifted.mkdir(parents=True)
+    for split, chosen in (("test", slice(None)), ("train", slice(3, 30, 2))):
+        rows = load_questions(str(demo_base / "data"), split).to_list()[chosen]
+        lines = [json.dumps(to_row(row["prompt"][-1]["content"], row["answer"])) + "\n" for row in rows]
+        (sifted / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
     command = ["studies/real_model.py", *base, "--cold", demo_base / "model", "--steps", 1, "--questions", 6]
     command += ["--arms", "cold", "sifted", "sifted-example", "example", "tutorial"]
     command += ["--traces", sifted.parent]
