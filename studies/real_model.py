@@ -4,8 +4,8 @@
     python studies/real_model.py MODEL DATA --arms tutorial --steps 2 --questions 8    # a try
 
 MODEL and DATA are what `train_grpo.py --model --dataset` takes; --cold is what train_sft.py made of MODEL, --traces
-what make_traces.py wrote: the `sifted` arms train on its `sifted`, the questions that were right now and then. Who
-answered them was for `sifted-example` MODEL behind the example, for `sifted` the one whose traces --cold was taught.
+what make_traces.py wrote: the `sifted` arms train on its `sifted`, the questions that were right now and then. For
+`sifted` take others than --cold was taught (make_traces.py --skip): of those it has just learned a third are flat.
 Every arm is train_grpo.main() under RECIPE. Before and after it its model answers, under the arm's own prompt, the
 same sample of test questions, greedily and with --samples answers at temperature 1, and those of MGSM.
 Stopped at any time, the same command goes on.
@@ -216,7 +216,6 @@ def main(argv: list[str] | None = None) -> None:
         for flag, what in NEEDS.get(arm, {}).items():
             if not getattr(flags, flag):
                 raise UserError(f"the arm `{arm}` needs --{flag} FOLDER ({what}); or leave it out: --arms")
-
         if "traces" in NEEDS.get(arm, {}) and not Path(flags.traces, "sifted", "train.jsonl").exists():
             raise UserError(f"--traces {flags.traces}: no `sifted` there; name a folder where make_traces.py wrote one")
 
