@@ -5,7 +5,7 @@
 
 MODEL and DATA are what `train_grpo.py --model --dataset` takes; --cold is what train_sft.py made of MODEL, --traces
 what make_traces.py wrote: the `sifted` arms train on its `sifted`, the questions that were right now and then. For
-`sifted` take others than --cold was taught (make_traces.py --skip): of those it has just learned a third are flat.
+`sifted` take others than --cold was taught (make_traces.py --skip): it knows the answers of those already.
 Every arm is train_grpo.main() under RECIPE. Before and after it its model answers, under the arm's own prompt, the
 same sample of test questions, greedily and with --samples answers at temperature 1, and those of MGSM.
 Stopped at any time, the same command goes on.
