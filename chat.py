@@ -5,6 +5,7 @@ echo 5分钟多少秒 | python chat.py output
 """
 
 import argparse
+import contextlib
 import os
 import sys
 
@@ -22,6 +23,8 @@ def main() -> None:
     if flags.temperature < 0:
         parser.error(f"--temperature {flags.temperature}: 0 or more")
 
+    with contextlib.suppress(ImportError):  # Windows' console edits lines itself
+        import readline  # noqa: F401  input() then has a history, and erases a Chinese character's both columns
     import torch
     from transformers import TextStreamer
 
@@ -50,7 +53,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         run(main)
-    except (EOFError, KeyboardInterrupt):  # Ctrl-D, the end of a pipe, Ctrl-C
+    except EOFError:  # Ctrl-D, the end of a pipe
         if sys.stdin.isatty():
             print()
     except BrokenPipeError:  # whoever reads our answers, `head` say, has left

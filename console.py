@@ -24,6 +24,7 @@ def run(main: Callable[[], None]) -> None:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        print(file=sys.stderr)  # the terminal shows ^C and stays in that line
         sys.exit(130)
 
 

@@ -11,9 +11,10 @@ label are rewritten into the two blocks of the format, and mixed languages, long
 `traces.jsonl` in the output folder holds a line for every kept trace: prompt, completion, answer. `questions.jsonl`
 holds a line for every question: its label, all samples and why each fell, how many were right, the traces kept.
 `sifted` is a data set of those that are right now and then, `train_grpo.py --dataset output/traces/sifted`: their
-groups have spread. The same command goes on where it was stopped; with another filter it judges anew what was sampled,
-without a model. A trained model is asked under its own prompt, and its traces are written under that of prompts.py:
-so what it learned behind an EXAMPLE can be taught to one that is asked without.
+groups have spread. The same command goes on where it was stopped, with a higher --limit to more questions; with
+another filter it judges anew what was sampled, without a model. A trained model is asked under its own prompt, and its
+traces are written under that of prompts.py: so what it learned behind an EXAMPLE can be taught to one that is asked
+without.
 """
 
 import argparse
@@ -188,8 +189,13 @@ def read_log(path: Path, asked: list[tuple[str, int]]) -> list[dict]:
         rows = [judge(row["question"], row["label"], row["samples"]) for row in map(json.loads, lines)]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{str(path)!r} is damaged ({first_line(error)}); name another --output") from error
-    if [(row["question"], row["label"]) for row in rows] != asked[: len(rows)]:
+    if [(row["question"], row["label"]) for row in rows[: len(asked)]] != asked[: len(rows)]:
         raise UserError(f"{str(path)!r} holds other questions than the data set does; name another --output")
+    if len(rows) > len(asked):
+        raise UserError(
+            f"{str(path)!r} holds {len(rows)} questions, more than the {len(asked)} asked now, and none is dropped; "
+            f"pass --limit {len(rows)} or more, or name another --output"
+        )
     return rows
 
 
@@ -319,8 +325,7 @@ def main(argv: list[str] | None = None) -> None:
     if not (flags.dataset or flags.demo):
         dataset = find_beside(recipe.MODEL, "results.json").get("dataset", dataset)
     settings = {"model": recipe.MODEL, "dataset": dataset, "split": flags.split}
-    settings |= {"skip": flags.skip, "limit": flags.limit, "seed": recipe.SEED, "free": flags.free}
-    settings |= {"prompt": prompt, "tokens": tokens}
+    settings |= {"skip": flags.skip, "seed": recipe.SEED, "free": flags.free, "prompt": prompt, "tokens": tokens}
     claim(output, settings | {"SAMPLES": SAMPLES, "TEMPERATURE": TEMPERATURE})
     if flags.demo:
         pretraining.provide(output / "base", flags.model, flags.dataset)

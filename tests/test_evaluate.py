@@ -2,9 +2,13 @@
 
 import json
 import math
+import os
+import select
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT, error_line, run_script
@@ -159,6 +163,31 @@ def test_chat_script(demo_base):
     assert run_script("chat.py", demo_base / "model", stdin="5分钟多少秒\nexit\n6小时多少分钟\n").stdout in done.stdout
     sampled = run_script("chat.py", demo_base / "model", "--temperature", 2, stdin="5分钟多少秒\n")
     assert sampled.stdout.strip()
+
+
+def test_chat_on_a_terminal(demo_base):
+    """A sign to write behind, lines that can be edited (arrow up asks again), and Ctrl-C with an end of its line."""
+    ours, its = pytest.importorskip("pty").openpty()
+    command, terminal = [sys.executable, "chat.py", str(demo_base / "model")], os.environ | {"TERM": "dumb"}
+    chat = subprocess.Popen(command, cwd=ROOT, env=terminal, stdin=its, stdout=its, stderr=its)
+    os.close(its)  # so that reading fails, not waits, once the script has ended
+
+    def read_until(end: str) -> str:
+        said = b""
+        while not said.endswith(end.encode()):
+            assert select.select([ours], [], [], 300)[0], f"nothing for five minutes, after {said}"
+            said += os.read(ours, 4096)
+        return said.decode()
+
+    read_until(">>> ")
+    answers = []
+    for keys in ("5分钟多少秒\n", "\x1b[A\n"):
+        os.write(ours, keys.encode())
+        answers.append(read_until(">>> ").split("5分钟多少秒")[1])
+    assert answers[0] == answers[1] != ">>> "
+    time.sleep(1)  # Python's input() misses a signal that comes between its prompt and its waiting for keys
+    chat.send_signal(signal.SIGINT)
+    assert read_until("\n").strip() == "" and chat.wait(60) == 130
 
 
 def test_chat_into_a_closed_pipe(demo_base):

@@ -305,19 +305,25 @@ def test_free(tmp_path, monkeypatch, capsys):
         make_traces.main(arguments)
 
 
-def test_skip(tmp_path, monkeypatch):
-    """Questions whose answers were learned are left out, then as many asked as --limit says."""
+def test_skip_and_limit(tmp_path, monkeypatch):
+    """Questions that were learned are left out, as many asked as --limit says; a higher one goes on, none drops any."""
     (tmp_path / "data").mkdir()
     lines = [json.dumps({QUESTION_COLUMN: f"{QUESTION}{i}", ANSWER_COLUMN: 72}) + "\n" for i in range(5)]
     for name in ("train.jsonl", "test.jsonl"):
         (tmp_path / "data" / name).write_text("".join(lines))
-    monkeypatch.setattr(make_traces, "load_sampler", lambda *_: (Boxer(), Letters()))
+    boxer = Boxer()
+    monkeypatch.setattr(make_traces, "load_sampler", lambda *_: (boxer, Letters()))
+    monkeypatch.setattr(make_traces, "QUESTIONS", 2)
     flags = ["--free", "--dataset", str(tmp_path / "data"), "--output", str(tmp_path / "out"), "--cpu"]
-    make_traces.main([*flags, "--skip", "2", "--limit", "2"])
-    rows = [json.loads(line) for line in (tmp_path / "out/questions.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [row["question"] for row in rows] == [f"{QUESTION}2", f"{QUESTION}3"]
+    for limit, asked in ((2, "23"), (3, "234")):
+        make_traces.main([*flags, "--skip", "2", "--limit", str(limit)])
+        lines = (tmp_path / "out/questions.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line)["question"] for line in lines] == [f"{QUESTION}{i}" for i in asked]
+    assert boxer.drawn == 3 * make_traces.SAMPLES
+    with pytest.raises(UserError, match="holds 3 questions, more than the 2 asked now.*--limit 3 or more"):
+        make_traces.main([*flags, "--skip", "2", "--limit", "2"])
     with pytest.raises(UserError, match="skip 2, and now it is None"):
-        make_traces.main([*flags, "--limit", "2"])
+        make_traces.main([*flags, "--limit", "3"])
 
 
 def test_a_trained_model_is_asked_as_it_was_trained(tmp_path, monkeypatch, capsys):
