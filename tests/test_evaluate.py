@@ -169,7 +169,9 @@ def test_chat_on_a_terminal(demo_base):
     """A sign to write behind, lines that can be edited (arrow up asks again), and Ctrl-C with an end of its line."""
     ours, its = pytest.importorskip("pty").openpty()
     command, terminal = [sys.executable, "chat.py", str(demo_base / "model")], os.environ | {"TERM": "dumb"}
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored by tests in the background, it is by their children
     chat = subprocess.Popen(command, cwd=ROOT, env=terminal, stdin=its, stdout=its, stderr=its)
+    signal.signal(signal.SIGINT, before)
     os.close(its)  # so that reading fails, not waits, once the script has ended
 
     def read_until(end: str) -> str:
