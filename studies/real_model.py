@@ -4,8 +4,9 @@
     python studies/real_model.py MODEL DATA --arms tutorial --steps 2 --questions 8    # a try
 
 MODEL and DATA are what `train_grpo.py --model --dataset` takes; --cold is what train_sft.py made of MODEL, --traces
-what make_traces.py wrote: the `sifted` arms train on its `sifted`, the questions that were right now and then. For
-`sifted` take others than --cold was taught (make_traces.py --skip): it knows the answers of those already.
+what make_traces.py wrote, in one folder or several: the `sifted` arms train on the `sifted` of all of them, the
+questions that were right now and then. For `sifted` take others than --cold was taught (make_traces.py --skip): it
+knows the answers of those already.
 Every arm is train_grpo.main() under RECIPE. Before and after it its model answers, under the arm's own prompt, the
 same sample of test questions, greedily and with --samples answers at temperature 1, and those of MGSM.
 Stopped at any time, the same command goes on.
@@ -25,6 +26,7 @@ from study_rewards import CORRECTNESS, EQUAL, TUTORIAL  # noqa: E402
 import evaluate  # noqa: E402
 import prompts  # noqa: E402
 import train_grpo  # noqa: E402
+from checkpoints import write_text  # noqa: E402
 from console import UserError, run  # noqa: E402
 from draw_curves import draw_curve, read_history  # noqa: E402
 
@@ -107,20 +109,28 @@ CONSTANTS = {name: getattr(train_grpo, name) for name in ("REWARDS", "REWARD_WEI
 PROMPT = {name: getattr(prompts, name) for name in ("SYSTEM_PROMPT", "EXAMPLE")}
 
 
-def write_questions(dataset: str, folder: Path, count: int) -> str:
-    """A data set folder with the training questions of `dataset` and `count` of its test questions, always the same."""
-    if not (folder / "test.jsonl").exists():  # written last
-        folder.mkdir(parents=True, exist_ok=True)
-        for split in ("train", "test"):
+def write_questions(datasets: list[str], folder: Path, count: int) -> str:
+    """A data set folder: the training questions of all `datasets`, and `count` of the first one's test questions,
+    always the same ones.
+
+    Raises:
+        UserError: it holds others already: what was trained and measured in --output is of those.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, sources in (("train", datasets), ("test", datasets[:1])):
+        pairs = []
+        for dataset in sources:
             rows = prompts.load_questions(dataset, split)
-            pairs = [
-                (prompt[-1]["content"], label) for prompt, label in zip(rows["prompt"], rows["answer"], strict=True)
-            ]
-            if split == "test" and count < len(pairs):
-                pairs = random.Random(0).sample(pairs, count)
-            lines = [prompts.to_row(question, label) for question, label in pairs]
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
+            asked = [prompt[-1]["content"] for prompt in rows["prompt"]]
+            pairs += zip(asked, rows["answer"], strict=True)
+        if split == "test" and count < len(pairs):
+            pairs = random.Random(0).sample(pairs, count)
+        lines = [prompts.to_row(question, label) for question, label in pairs]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        file = folder / f"{split}.jsonl"
+        if file.exists() and file.read_text(encoding="utf-8") != text:
+            raise UserError(f"{file} holds other questions, of an earlier command; name another folder with --output")
+        write_text(file, text)
     return str(folder)
 
 
@@ -203,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("model", help="hub id or folder")
     parser.add_argument("dataset", help="hub id or folder")
     parser.add_argument("--cold", help="what train_sft.py made of the model; `cold` and `sifted` begin there")
-    parser.add_argument("--traces", help="what make_traces.py wrote; the `sifted` arms train on its `sifted`")
+    parser.add_argument("--traces", nargs="+", default=[], help="what make_traces.py wrote, for the `sifted` arms")
     parser.add_argument("--mgsm", help="data set folder with MGSM's questions as its test split, measured besides")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--steps", type=int, default=RECIPE["MAX_STEPS"], help="of each arm")
@@ -216,14 +226,16 @@ def main(argv: list[str] | None = None) -> None:
         for flag, what in NEEDS.get(arm, {}).items():
             if not getattr(flags, flag):
                 raise UserError(f"the arm `{arm}` needs --{flag} FOLDER ({what}); or leave it out: --arms")
-        if "traces" in NEEDS.get(arm, {}) and not Path(flags.traces, "sifted", "train.jsonl").exists():
-            raise UserError(f"--traces {flags.traces}: no `sifted` there; name a folder where make_traces.py wrote one")
+    sifted = [str(Path(folder, "sifted")) for folder in flags.traces]
+    for folder in sifted:
+        if not Path(folder, "train.jsonl").exists():
+            raise UserError(f"--traces: no {folder!r}; name a folder where make_traces.py wrote `sifted`")
 
     cpu, output = ["--cpu"] * flags.cpu, flags.output
-    data = {"test": write_questions(flags.dataset, output / "questions", flags.questions)}
+    data = {"test": write_questions([flags.dataset], output / "questions", flags.questions)}
     if flags.mgsm:
         data["mgsm"] = flags.mgsm
-    watched = write_questions(flags.dataset, output / "watched", WATCHED)
+    watched = write_questions([flags.dataset], output / "watched", WATCHED)
     head = ["model", "strict", "flexible", "format", "tokens", "cut off", "one sample", f"any of {flags.samples}"]
     head += ["MGSM strict, flexible", "training"]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
@@ -236,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
         if start not in lines:  # two arms may begin with the same model
             lines.append(start)
         if "traces" in needs:
-            questions = write_questions(f"{flags.traces}/sifted", output / f"{arm}-questions", WATCHED)
+            questions = write_questions(sifted, output / f"{arm}-questions", WATCHED)
         train(model, questions, output / arm, flags.steps, cpu)
         results = json.loads((output / arm / "results.json").read_text(encoding="utf-8"))
         after = measure(str(output / arm), data, flags.samples, output / f"after-{arm}", cpu)

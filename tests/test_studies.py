@@ -26,17 +26,18 @@ def test_real_model(demo_base, tmp_path):
     for flags in ([], ["--cold", demo_base / "model"], ["--cold", demo_base / "model", "--traces", tmp_path]):
         line = error_line(run_script("studies/real_model.py", *base, *flags, expect=2))
         assert ("--traces" if flags else "--cold") in line and not list(tmp_path.iterdir())
-    sifted = tmp_path / "traces" / "sifted"
-    sifted.mkdir(parents=True)
-    for split, chosen in (("test", slice(None)), ("train", slice(3, 30, 2))):
-        rows = load_questions(str(demo_base / "data"), split).to_list()[chosen]
-        lines = [json.dumps(to_row(row["prompt"][-1]["content"], row["answer"])) + "\n" for row in rows]
-        (sifted / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    sifted = [tmp_path / name / "sifted" for name in ("traces", "more-traces")]
+    for folder, train in zip(sifted, (slice(3, 30, 2), slice(40, 44)), strict=True):
+        folder.mkdir(parents=True)
+        for split, chosen in (("test", slice(None)), ("train", train)):
+            rows = load_questions(str(demo_base / "data"), split).to_list()[chosen]
+            lines = [json.dumps(to_row(row["prompt"][-1]["content"], row["answer"])) + "\n" for row in rows]
+            (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
     command = ["studies/real_model.py", *base, "--cold", demo_base / "model", "--steps", 1, "--questions", 6]
     command += ["--arms", "cold", "sifted", "sifted-example", "example", "tutorial"]
-    command += ["--traces", sifted.parent]
+    command += ["--traces", *(folder.parent for folder in sifted)]
     done = run_script(*command)
-    expected = load_questions(str(sifted), "train").to_list()
+    expected = [row for folder in sifted for row in load_questions(str(folder), "train").to_list()]
     for arm in ("sifted", "sifted-example"):
         assert load_questions(str(tmp_path / f"{arm}-questions"), "train").to_list() == expected
     rows = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
@@ -52,6 +53,9 @@ def test_real_model(demo_base, tmp_path):
     assert (tmp_path / "rewards_real.png").read_bytes().startswith(b"\x89PNG")
     again = run_script(*command)
     assert again.stdout == done.stdout[-len(again.stdout) :] and "step" not in again.stdout.split("| --- |")[0]
+    for flags in (["--questions", 5], ["--traces", sifted[0].parent]):  # argparse takes the last one
+        line = error_line(run_script(*command, *flags, expect=2))
+        assert "holds other questions" in line and "--output" in line
 
 
 def test_bench_step_on_a_small_card(monkeypatch, capsys):
