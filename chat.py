@@ -43,7 +43,8 @@ def main() -> None:
     while (question := input(prompt).strip()) != "exit":
         if not question:
             continue
-        (ids,) = encode(tokenizer, [to_conversation(question)])
+        conversation = to_conversation(question, trained.get("SYSTEM_PROMPT"), trained.get("EXAMPLE"))
+        (ids,) = encode(tokenizer, [conversation])
         streamer = TextStreamer(tokenizer, skip_special_tokens=True)  # holds back half a Chinese character
         for token in sampler.stream(ids, recipe["MAX_COMPLETION_TOKENS"], flags.temperature):
             streamer.put(torch.tensor([token]))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # imported where it is used: `--help` and the one-line errors
 QUESTION_COLUMN = "question_zh-cn"  # str, the question as the model reads it
 ANSWER_COLUMN = "answer_only"  # int, the label
 
-# Training, evaluation and chat all send exactly this; a model trained under one prompt answers worse under another.
+# Training, evaluation and chat all send exactly this; a model that was trained here is asked as it was trained.
 SYSTEM_PROMPT = """\
 请先一步一步推理，再给出答案，严格按照下面的格式：
 <think>
@@ -67,14 +67,14 @@ def to_conversation(question: str, system: str | None = None, example: list[dict
 
 
 def check_prompt(trained: dict) -> None:
-    """Say in a line where a model was trained under another prompt than this file has: it answers worse under this one.
+    """Say in a line where a model was trained under another prompt than this file has: it is asked under its own.
 
     Args:
         trained: its recipe.json; {} where there is none.
     """
     for name, value in {"SYSTEM_PROMPT": SYSTEM_PROMPT, "EXAMPLE": EXAMPLE}.items():
         if trained.get(name, value) != value:
-            note(f"this model was trained under another {name} than stands in prompts.py; under this one it is worse")
+            note(f"this model is asked under the {name} of its training; prompts.py has another one by now")
 
 
 def to_row(question: str, answer: int) -> dict:
@@ -104,7 +104,9 @@ def read_split(dataset: str, split: str) -> Dataset:
     return data[split]
 
 
-def load_questions(dataset: str, split: str, unlabelled: bool = False) -> Dataset:
+def load_questions(
+    dataset: str, split: str, unlabelled: bool = False, system: str | None = None, example: list[dict] | None = None
+) -> Dataset:
     """A checked split with the columns `prompt` (messages) and `answer` (int), each question once.
 
     A repeated row is dropped. Where labels of one question differ, at most one can be right and nobody knows which:
@@ -112,6 +114,7 @@ def load_questions(dataset: str, split: str, unlabelled: bool = False) -> Datase
 
     Args:
         unlabelled: take rows without a label too; their `answer` is None and their system prompt OPEN_SYSTEM_PROMPT.
+        system: as in `to_conversation`, of rows with a label; so is `example`.
 
     Raises:
         UserError: an unreadable data set, a missing split or column, an empty split, a row without a question
@@ -151,7 +154,9 @@ def load_questions(dataset: str, split: str, unlabelled: bool = False) -> Datase
     if not kept:
         raise UserError(f"{where} has no usable row; pass another --dataset")
     conversations = [
-        to_conversation(question, OPEN_SYSTEM_PROMPT, []) if label is None else to_conversation(question)
+        to_conversation(question, OPEN_SYSTEM_PROMPT, [])
+        if label is None
+        else to_conversation(question, system, example)
         for question, label in kept.items()
     ]
     return Dataset.from_dict({"prompt": conversations, "answer": list(kept.values())})

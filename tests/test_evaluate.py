@@ -13,7 +13,10 @@ import time
 import pytest
 from conftest import ROOT, error_line, run_script
 
+import accuracy
+import chat
 import evaluate as evaluate_script
+import models
 import prompts
 from accuracy import evaluate, evaluate_samples, grade, interval, summarize, summarize_samples
 from prompts import to_conversation
@@ -202,20 +205,39 @@ def test_chat_into_a_closed_pipe(demo_base):
     assert "Traceback" not in said and "BrokenPipe" not in said and chat.returncode == 0
 
 
-def test_another_prompt_than_in_training(demo_base, tmp_path):
-    """What a model was trained behind belongs to it: where prompts.py has another EXAMPLE by now, a line says so."""
+def test_another_prompt_than_in_training(demo_base, tmp_path, monkeypatch, capsys):
+    """A model is asked as it was trained; where prompts.py has another EXAMPLE by now, a line says so."""
     model = tmp_path / "model"
     shutil.copytree(demo_base / "model", model)
     (model / "recipe").mkdir()
-    said = "note: this model was trained under another EXAMPLE"
+    asked = []
+
+    def encode(tokenizer, conversations):
+        asked.extend(conversations)
+        return models_encode(tokenizer, conversations)
+
+    models_encode = models.encode
+    for module in (
+        models,
+        accuracy,
+    ):  # chat.py takes it from the one, evaluate.py from the other
+        monkeypatch.setattr(module, "encode", encode)
+    said = "note: this model is asked under the EXAMPLE of its training"
     for example in (prompts.EXAMPLE, prompts.WORKED_EXAMPLE):
-        trained = {"SYSTEM_PROMPT": prompts.SYSTEM_PROMPT, "EXAMPLE": example}
+        trained = {"SYSTEM_PROMPT": "按格式", "EXAMPLE": example}
         (model / "recipe/recipe.json").write_text(json.dumps(trained))
-        for done in (
-            run_script("evaluate.py", model, "--dataset", demo_base / "data", "--limit", 2),
-            run_script("chat.py", model, stdin="5分钟多少秒\n"),
+        lines = iter(["5分钟多少秒", "exit"])
+        monkeypatch.setattr("builtins.input", lambda _: next(lines))  # noqa: B023
+        monkeypatch.setattr(sys, "argv", ["chat.py", str(model), "--cpu"])
+        for script in (
+            chat.main,
+            lambda: evaluate_script.main([str(model), "--dataset", str(demo_base / "data"), "--limit", "2", "--cpu"]),
         ):
-            assert (said in done.stdout) == (example != prompts.EXAMPLE) and "SYSTEM_PROMPT" not in done.stdout
+            script()
+            out = capsys.readouterr().out
+            assert (said in out) == (example != prompts.EXAMPLE) and "the SYSTEM_PROMPT of its training" in out
+            assert asked and all(turns[:-1] == prompts.to_conversation("", "按格式", example)[:-1] for turns in asked)
+            asked.clear()
 
 
 @pytest.mark.parametrize("script", ["evaluate.py", "chat.py"])
