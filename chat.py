@@ -1,4 +1,4 @@
-"""Talk to a model with the prompt that it was trained under: one question a line, no history.
+"""Talk to a model under the prompt of its training: one question a line, no history.
 
 python chat.py output
 echo 5分钟多少秒 | python chat.py output

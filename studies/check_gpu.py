@@ -3,7 +3,8 @@
     python studies/check_gpu.py [TOKENIZER]    # a folder or hub id; default: the hub's Qwen/Qwen2.5-0.5B-Instruct
 
 Random weights hardly ever end an answer, so every completion runs to its full length: what is measured is the worst
-case of step time and peak memory, not learning. Anything that follows the tokenizer goes to train_grpo.py.
+case of step time and peak memory, not learning. Anything that follows the tokenizer goes to train_grpo.py. It needs
+22 GB (LoRA: 5) where temporary files are kept, which TMPDIR changes.
 """
 
 import argparse
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import qwen
 
 import train_grpo
+from console import UserError, run
 from prompts import to_row
 
 ENDS = {"eos_token_id": 151645, "pad_token_id": 151643, "bos_token_id": None}
@@ -33,6 +35,7 @@ def mark_reward(completions, **kwargs):  # random weights earn nothing, and what
     return [zlib.crc32(completion[0]["content"].encode()) % 97 / 97 for completion in completions]
 
 train_grpo.REWARDS[0] = mark_reward
+train_grpo.SAVE_LIMIT = 1
 train_grpo.run(lambda: train_grpo.main(sys.argv[1:]))
 """
 # About as long as the Chinese GSM8K's questions.
@@ -43,6 +46,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="time and memory of ten steps; other flags go to train_grpo.py")
     parser.add_argument("tokenizer", nargs="?", default=train_grpo.MODEL, help="a folder or hub id")
     own, others = parser.parse_known_args()
+    if taken := {"--model", "--dataset", "--output"} & {flag.split("=")[0] for flag in others}:
+        raise UserError(f"{min(taken)}: the model, its questions and the output are made here; leave it out")
     tokenizer = AutoTokenizer.from_pretrained(own.tokenizer)
     rows = []
     for i in range(400):
@@ -56,11 +61,13 @@ def main() -> None:
         tokenizer.save_pretrained(folder / "model")
         flags = ["--model", folder / "model", "--dataset", folder / "data", "--output", folder / "run"]
         flags += ["--max-steps", STEPS, *others]
-        subprocess.run([sys.executable, "-c", START, *map(str, flags)], cwd=ROOT, check=True)
+        training = subprocess.run([sys.executable, "-c", START, *map(str, flags)], cwd=ROOT)
+        if training.returncode:  # it has said why
+            sys.exit(training.returncode)
         results = json.loads((folder / "run" / "results.json").read_text(encoding="utf-8"))
     for name in ("device", "step_seconds", "generated_tokens_per_second", "peak_memory_gb"):
         print(f"{name}: {results[name]}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,6 +1,6 @@
 """Does any text break a reward? Random completions, and mutations of real ones, held against what must always be true.
 
-    python studies/fuzz_rewards.py                                    # a million, built of pieces: some ten minutes
+    python studies/fuzz_rewards.py                                    # a million, built of pieces: a minute
     python studies/fuzz_rewards.py --texts output/eval.jsonl          # a million mutations of a model's completions
     python studies/fuzz_rewards.py --count 20000 --seed 1             # a short look at others
 

@@ -1,6 +1,6 @@
 """The long form of test_faults.py: the demo, killed with -9 at random moments and resumed until it is finished.
 
-    python studies/soak_faults.py            # 20 kills, some ten minutes on one core
+    python studies/soak_faults.py            # 20 kills, five minutes on one core
     python studies/soak_faults.py --kills 3
 
 It saves after every step, so that many kills fall into a save. After each kill every checkpoint has to be whole; at the

@@ -73,7 +73,7 @@ VARIANTS = {  # name -> how the table calls it, and the constants of train_grpo.
 CONSTANTS = {name: getattr(train_grpo, name) for name in ("REWARDS", "REWARD_WEIGHTS", "SCALE_REWARDS")}
 
 
-# The demo's own base is right 3 times in 4 when it reasons, and any reward that pays right answers brings it to 100 %.
+# The demo's own base is always right when it reasons, and any reward that pays right answers brings it to 100 %.
 # This one is taught a seventh as long and is right 1 time in 10, as on questions that are hard for a model. And every
 # other trace ends in a newline, as the tutorial's prompt does: without one its hard format could never be earned.
 BASE_STEPS = 110

@@ -71,6 +71,12 @@ def test_bench_step_on_a_small_card(monkeypatch, capsys):
     assert "gradient_checkpointing=False too much for this card" in capsys.readouterr().out
 
 
+def test_check_gpu_makes_its_own_model():
+    """The flags that the README names for train_grpo.py are refused: its ten steps would land in a run's folder."""
+    for flags in (["--model", "output/sft"], ["--output=output/grpo"]):
+        assert flags[0].split("=")[0] in error_line(run_script("studies/check_gpu.py", *flags, expect=2))
+
+
 def test_study_prompts(demo_base, tmp_path):
     """Each prompt is asked as the table says; what was asked is not asked again, nor mixed with another study."""
     command = ["studies/study_prompts.py", demo_base / "model", demo_base / "data", "--cpu", "--output", tmp_path]
