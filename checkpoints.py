@@ -51,13 +51,7 @@ def find(output: Path, recipe: SimpleNamespace, resume: bool) -> Path | None:
         UserError: a new run where something trained lies already; nothing complete to resume, or nothing left to do;
             a recipe whose model the saved weights do not fit; no folder that can be written to.
     """
-    there = next(path for path in (output, *output.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there):  # tried, since no look at permissions tells about all file systems
-            pass
-    except OSError as error:
-        what = "is a file" if there == output and output.is_file() else f"cannot be written to ({error.strerror})"
-        raise UserError(f"--output {str(output)!r} {what}; name another folder") from error
+    check_writable(output)
     results = read_results(output)
     held = [path.name for pattern in TRAINED for path in sorted(output.glob(pattern))]
     if results.get("finished"):
@@ -82,6 +76,21 @@ def find(output: Path, recipe: SimpleNamespace, resume: bool) -> Path | None:
             f"the run in {str(output)!r} is finished, nothing is left to resume; start another with --output"
         )
     return checkpoint
+
+
+def existing(output: Path) -> Path:
+    """The folder itself, or the nearest one above it that is there."""
+    return next(path for path in (output, *output.absolute().parents) if path.exists())
+
+
+def check_writable(output: Path) -> None:
+    """Raises UserError where nothing can be written to `output`, be it there already or not."""
+    try:
+        with tempfile.TemporaryFile(dir=existing(output)):  # tried: no look at permissions tells about all file systems
+            pass
+    except OSError as error:
+        what = "is a file" if output.is_file() else f"cannot be written to ({error.strerror})"
+        raise UserError(f"--output {str(output)!r} {what}; name another folder") from error
 
 
 def begin(output: Path, recipe: SimpleNamespace, checkpoint: Path | None) -> dict:
@@ -149,10 +158,7 @@ def step_of(checkpoint: Path) -> int:
 def find_fault(checkpoint: Path) -> str | None:
     """Why this checkpoint cannot be resumed from; None where it is complete. Cheap: no tensor is read."""
     files = sorted(path for path in checkpoint.iterdir() if path.is_file())
-    wanted = ["trainer_state.json", "scheduler.pt", "rng_state*.pth", "*.safetensors"]
-    if len(files) == len(list(checkpoint.iterdir())):  # DeepSpeed keeps the optimizer in a folder
-        wanted.append("optimizer.pt")
-    for pattern in wanted:
+    for pattern in ("trainer_state.json", "scheduler.pt", "optimizer.pt", "rng_state*.pth", "*.safetensors"):
         if not any(checkpoint.glob(pattern)):
             return f"no {pattern}"
     for file in files:
@@ -192,7 +198,7 @@ def check_disk(output: Path, model: torch.nn.Module, save_limit: int) -> None:
     each, final = checkpoint_bytes(model)
     count = max(save_limit, 2) + 1
     needed = each * max(count - len(list_checkpoints(output)), 1) + final
-    free = shutil.disk_usage(output).free
+    free = shutil.disk_usage(existing(output)).free  # of several processes the main one makes the folder, later
     if free < needed:
         raise UserError(
             f"{str(output)!r} has {free / 1e9:.1f} GB free and this run needs {needed / 1e9:.1f} GB more for "

@@ -23,6 +23,11 @@ def run(main: Callable[[], None]) -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes on this machine one is enough
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; this file knows no torch
+            raise
+        print("error: out of GPU memory; lower EVAL_BATCH in train_grpo.py, or pass --cpu", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print(file=sys.stderr)  # the terminal shows ^C and stays in that line
         sys.exit(130)
@@ -50,7 +55,10 @@ def refuse_missing_folder(name: str, what: str) -> None:
     like_a_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name
     inside_one = path.parent != Path(".") and path.parent.is_dir()
     if (like_a_path or inside_one) and not path.exists():
-        raise UserError(f"{what}: there is no folder {name!r}; mend the path, or pass a hub id such as owner/name")
+        remedy = "pass a hub id such as owner/name"
+        if inside_one:
+            remedy += f" (if this is one, rename the folder {str(path.parent)!r}, in which it is looked for)"
+        raise UserError(f"{what}: there is no folder {name!r}; mend the path, or {remedy}")
 
 
 def constants_of(script: ModuleType) -> dict[str, Any]:

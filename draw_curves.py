@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 from statistics import fmean
 
-from console import UserError, run
+from console import UserError, note, run
 from monitor import History
 
 # panel -> the upper end of its scale (None: as the data want) and its curves; of several runs only the first curve
@@ -33,10 +33,17 @@ SMOOTH = 5  # steps in the mean that is drawn over the faint curve of single ste
 
 
 def read_history(output: Path, until: int | None = None) -> History:
-    """The rows of a run, up to a step, from its TensorBoard files. Raises UserError where there are none."""
+    """The rows of a run from its TensorBoard files; of one that is resumed, up to the step `until`.
+
+    Raises:
+        UserError: there are none, and the run is not resumed: that one goes on without.
+    """
     from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
     if not (output / "runs").is_dir():
+        if until is not None:
+            note(f"{str(output / 'runs')!r} is gone: the curves begin at step {until}")
+            return []
         raise UserError(
             f"{str(output)!r} holds no run (it has no runs/); name a folder that train_grpo.py or train_sft.py wrote"
         )

@@ -34,11 +34,16 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch
 
+    from checkpoints import check_writable
     from rollout import make_sampler
 
     trained = find_beside(flags.model, "recipe/recipe.json")
     check_prompt(trained)
-    recipe = train_grpo.default_recipe() | trained
+    recipe = train_grpo.default_recipe() | trained | {"EVAL_BATCH": train_grpo.EVAL_BATCH}  # of this machine
+    folder = Path(flags.output or flags.model)
+    if not flags.output and not folder.is_dir():  # a hub id
+        folder = Path(recipe["OUTPUT_DIR"], flags.model.replace("/", "--"))
+    check_writable(folder)
     model, tokenizer = load_model(flags.model)
     dataset = flags.dataset or find_beside(flags.model, "results.json").get("dataset", recipe["DATASET"])
     prompt = {"system": trained.get("SYSTEM_PROMPT"), "example": trained.get("EXAMPLE")}
@@ -47,12 +52,9 @@ def main(argv: list[str] | None = None) -> None:
     device, autocast = pick_device(flags.cpu, recipe["BF16"])
     sampler = make_sampler(model.to(device).eval(), tokenizer, autocast)
     how = (sampler, tokenizer, questions, recipe["MAX_COMPLETION_TOKENS"], recipe["EVAL_BATCH"])
-    folder = Path(flags.output or flags.model)
-    if not flags.output and not folder.is_dir():  # a hub id
-        folder = Path(recipe["OUTPUT_DIR"], flags.model.replace("/", "--"))
-    folder.mkdir(parents=True, exist_ok=True)
 
     figures, rows = evaluate(*how, title="evaluating")
+    folder.mkdir(parents=True, exist_ok=True)
     print(f"model      {flags.model}")
     print(f"data       {dataset}, split {flags.split}")
     print(f"accuracy   {describe(figures)}", flush=True)

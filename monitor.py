@@ -14,6 +14,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from statistics import fmean, median
@@ -26,6 +27,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 
 from accuracy import describe, evaluate, summarize
+from checkpoints import attempt
 from console import UserError
 from models import describe_precision
 from prompts import to_conversation
@@ -205,8 +207,12 @@ HELD_OUT = ["Margin", ["heldout/strict", "heldout/strict_low", "heldout/strict_h
 def keep_samples_until(step: int, file: Path) -> None:
     """Drop what an interrupted run wrote after the checkpoint that is being continued, and a half-written line."""
     if file.exists():
+        kept = []
         with open(file, encoding="utf-8") as lines:
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            for line in lines:
+                with suppress(ValueError, TypeError, KeyError):  # of a power cut
+                    if line.endswith("\n") and json.loads(line)["step"] <= step:
+                        kept.append(line)
         temporary = file.with_name(f".tmp-{file.name}")
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, file)
@@ -282,6 +288,7 @@ class Watch(TrainerCallback):
             self.board.add_custom_scalars({"overview": self.overview})
             constants = "\n".join(f"{name} = {value!r}" for name, value in vars(recipe).items())
             self.board.add_text("recipe", preformatted(constants), self.begun)
+        self.unwritten = False  # whether some curve or sample is missing on the disk, which is said once
         self.seconds_before = history[-1].get("speed/train_seconds", 0.0) if history else 0.0
 
     def print_plan(self, data: str, each_step: str, steps: int) -> None:
@@ -345,7 +352,7 @@ class Watch(TrainerCallback):
             return
         if trouble := not_finite(logs, self.silent()):
             if self.board:
-                self.board.add_text("alarm/not_finite", preformatted(trouble), state.global_step)
+                self.write(self.board.add_text, "alarm/not_finite", preformatted(trouble), state.global_step)
             raise UserError(f"step {state.global_step}: {trouble}")
         if self.board:  # in the main process
             self.record(state.global_step, self.measure(logs))
@@ -359,7 +366,7 @@ class Watch(TrainerCallback):
             control.should_save |= self.is_best(state.global_step, broadcast_object_list([figures])[0]["strict"])
         if self.board:
             self.show_more(state.global_step)
-            self.board.flush()  # a killed run keeps its curves
+            self.write(self.board.flush)  # a killed run keeps its curves
 
     def silent(self) -> list[str]:
         """The rewards that applied to nothing in this step."""
@@ -381,7 +388,14 @@ class Watch(TrainerCallback):
             self.history.append({"step": step})
         self.history[-1] |= figures
         for tag, value in figures.items():
-            self.board.add_scalar(tag, value, step)
+            self.write(self.board.add_scalar, tag, value, step)
+
+    def write(self, work: Callable[..., None], *args) -> None:
+        """Write what a person looks at: a full disk costs that, and not the run."""
+        fault = attempt(work, *args)
+        if fault and not self.unwritten:
+            self.unwritten = True
+            print(f"WARNING: curves or samples could not be written ({fault}). Training goes on", flush=True)
 
     def print_step(self, max_steps: int) -> None:
         """One line for the newest row of the history."""
@@ -514,12 +528,12 @@ class Monitor(Watch):
 
     def show_more(self, step: int) -> None:
         if step % self.recipe.SAMPLE_EVERY == 0 or step == 1:
-            self.show_samples(step)
+            self.print_sample(self.sample(step, 0))
+            self.write(self.keep_samples, step)
         self.raise_alarms(step)
 
-    def show_samples(self, step: int) -> None:
-        """Print the batch's first completion; keep the best and the worst of its first groups."""
-        self.print_sample(self.sample(step, 0))
+    def keep_samples(self, step: int) -> None:
+        """The best and the worst of the batch's first groups, in samples.jsonl and in TensorBoard."""
         size = self.trainer.num_generations
         with open(self.output / "samples.jsonl", "a", encoding="utf-8") as file:
             for group in range(min(2, self.recipe.QUESTIONS_PER_STEP)):
@@ -559,7 +573,7 @@ class Monitor(Watch):
             if message and step >= self.raised.get(check, -REPEAT) + REPEAT:
                 self.raised[check] = step
                 print(f"ALARM      {message}", flush=True)
-                self.board.add_text(f"alarm/{check.__name__}", preformatted(message), step)
+                self.write(self.board.add_text, f"alarm/{check.__name__}", preformatted(message), step)
 
 
 class SftMonitor(Watch):

@@ -235,7 +235,7 @@ class Sampler:
 
     def _build_shadow(self) -> None:
         """A module of its own, so that nothing patched into the trainer's model acts here, and nothing here there."""
-        self.device = next(self.model.parameters()).device  # here, for DeepSpeed moves the model when training starts
+        self.device = next(self.model.parameters()).device
         self._ends = torch.tensor(self.eos, device=self.device)
         self.batch: Batch | None = None  # what the graphs below read and write
         self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}  # greedy or not -> one captured step
@@ -534,8 +534,7 @@ class Rollout:
 
     def _own_sampler(self, trainer: Trainer) -> Sampler | PlainSampler:
         args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-        model.to(trainer.accelerator.device)  # DeepSpeed does so no sooner than training starts
-        autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        autocast = torch.bfloat16 if args.bf16 else None
         make = functools.partial(make_sampler, args=args) if self.fast else PlainSampler
         return make(model, trainer.processing_class, autocast)
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # imported where they are used: `--help` and the one-line err
     import torch
     from accelerate import PartialState
     from peft import LoraConfig
+    from transformers import PreTrainedModel
     from trl import GRPOConfig
 
     from monitor import Watch
@@ -155,10 +156,16 @@ def common_arguments(recipe: SimpleNamespace, on_cpu: bool, bf16: bool, accumula
     }
 
 
-def lora_config(recipe: SimpleNamespace) -> "LoraConfig":
-    """The LoRA constants under PEFT's names."""
+def lora_config(recipe: SimpleNamespace, model: "PreTrainedModel") -> "LoraConfig":
+    """The LoRA constants under PEFT's names. Raises UserError for a module that `model` has not."""
+    import torch
     from peft import LoraConfig
 
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    there = sorted({name.split(".")[-1] for name in linear})
+    for name in recipe.LORA_MODULES:
+        if name not in there:
+            raise UserError(f"LORA_MODULES: this model has no {name!r} (it has: {', '.join(there)}); mend the list")
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=recipe.LORA_RANK,
@@ -235,6 +242,7 @@ def check_constants(recipe: SimpleNamespace) -> None:
         "MAX_STEPS": ("-1, or 1 or more", recipe.MAX_STEPS == -1 or recipe.MAX_STEPS >= 1),
         "BETA": ("0 or more", recipe.BETA >= 0),
         "LORA_DROPOUT": ("from 0, below 1", 0 <= recipe.LORA_DROPOUT < 1),
+        "LORA_MODULES": ("one name or more", recipe.LORA_MODULES != []),
         "REWARD_MODEL": ("", True),
         "REWARD_WEIGHTS": ("", True),
     }
@@ -244,6 +252,10 @@ def check_constants(recipe: SimpleNamespace) -> None:
     check_ranges({"REWARD_WEIGHTS": weights}, {"REWARD_WEIGHTS": (words, fit)}, "rewards.py")
     if recipe.REWARD_MODEL:
         refuse_missing_folder(recipe.REWARD_MODEL, "REWARD_MODEL")
+    if recipe.BETA > 0 and not recipe.USE_LORA and Path(recipe.MODEL, "adapter_config.json").exists():
+        raise UserError(  # TRL would load what the adapter was trained on as the untrained model of the KL term
+            f"BETA = {recipe.BETA!r} with the adapter {recipe.MODEL!r}: set it to 0.0, or name the merged model"
+        )
     if recipe.USE_VLLM and importlib.util.find_spec("vllm") is None:
         raise UserError("USE_VLLM = True needs vLLM: pip install vllm==0.30.0, or set it to False")
     if recipe.REPORT_TO != "none":
@@ -288,6 +300,8 @@ def take_machine(flags: argparse.Namespace, bf16: bool) -> "tuple[PartialState, 
         )
     if on_cpu and flags.demo:
         torch.set_num_threads(min(torch.get_num_threads(), 2))  # a tiny model has work for two; more only wait
+    # `accelerate config` has an answer of its own, which accelerate would follow where bf16 is off
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if autocast else "no"
     return PartialState(cpu=on_cpu, timeout=timedelta(minutes=30)), autocast  # others wait while one evaluates
 
 
@@ -330,7 +344,7 @@ def main(argv: list[str] | None = None) -> None:
         args=grpo_config(recipe, state.device.type == "cpu", autocast is not None, accumulation),
         train_dataset=fitting,
         processing_class=tokenizer,
-        peft_config=lora_config(recipe) if recipe.USE_LORA else None,
+        peft_config=lora_config(recipe, model) if recipe.USE_LORA else None,
         rollout_func=None if recipe.USE_VLLM else rollout,
     )
     trainer.remove_callback(PrinterCallback)  # it would print thirty keys a step
@@ -391,7 +405,7 @@ def carry_out(monitor: "Watch", results: dict, checkpoint: Path | None, out_of_m
         raise UserError(out_of_memory) from error
     finally:
         if main_process and monitor.history:
-            draw_curves({output.name: monitor.history}, output / "curves.png")
+            checkpoints.attempt(draw_curves, {output.name: monitor.history}, output / "curves.png")
     trainer.accelerator.state.destroy_process_group()  # left to the interpreter's end, its threads can abort there
 
 

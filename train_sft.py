@@ -273,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
         args=sft_config(recipe, state.device.type == "cpu", autocast is not None, accumulation),
         train_dataset=Dataset.from_list(traces + mix),
         processing_class=tokenizer,
-        peft_config=train_grpo.lora_config(recipe) if recipe.USE_LORA else None,
+        peft_config=train_grpo.lora_config(recipe, model) if recipe.USE_LORA else None,
     )
     trainer.remove_callback(PrinterCallback)  # it would print ten keys a step
     checkpoints.check_disk(output, trainer.model, recipe.SAVE_LIMIT)

@@ -13,7 +13,6 @@ import trl.trainer.utils
 from accelerate.utils import DistributedType, gather_object
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer, SFTTrainer
 
 from checkpoints import attempt, checkpoint_bytes, list_checkpoints, publish, rotate
@@ -52,16 +51,15 @@ class WholeCheckpoints:
     not the run.
 
     Raises:
-        UserError: weights that are sharded over the processes.
+        UserError: a launcher that shards the weights over the processes, or casts them.
     """
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():  # the main process alone evaluates, and would hang
-            raise UserError(
-                "FSDP and DeepSpeed ZeRO-3 shard the weights, which evaluation here cannot gather; a model of this "
-                "size fits every GPU: launch without them, or with ZeRO-1 or -2"
-            )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            # FSDP and ZeRO-3 shard the weights, and the main process, which alone evaluates, would hang; ZeRO-1 and
+            # -2 cast them to bf16, where updates of 1e-6 vanish
+            raise UserError("FSDP and DeepSpeed are not supported; a model of this size fits every GPU without them")
 
     def _save_checkpoint(self, model, trial) -> None:
         # Trainer's own version has all processes meet half-way, where one whose disk is full never arrives

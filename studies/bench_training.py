@@ -85,7 +85,7 @@ def now() -> float:
 
 def read_rows(file: Path, tokenizer, rows: int) -> dict[str, list[list[int]]]:
     """Token ids of the first `rows` prompts and completions, the latter with their end token, cut at LONGEST."""
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:rows]]
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:rows] if line]
     if len(lines) < rows:
         sys.exit(f"{file} has {len(lines)} lines, fewer than --rows {rows}")
     prompts = encode(tokenizer, [to_conversation(line["question"]) for line in lines])

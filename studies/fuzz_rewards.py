@@ -51,7 +51,7 @@ VALUES = {  # what each may be worth
 def read_texts(file: str) -> list[str]:
     """The completions in a file of lines. Raises UserError where there are none."""
     try:
-        rows = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").split("\n") if line]
     except (OSError, ValueError) as error:
         raise UserError(f"--texts {file!r} cannot be read: {error}") from error
     texts = [row["completion"] for row in rows if isinstance(row.get("completion"), str)]

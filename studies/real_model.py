@@ -134,6 +134,22 @@ def write_questions(datasets: list[str], folder: Path, count: int) -> str:
     return str(folder)
 
 
+def check_asked(output: Path, asked: dict) -> None:
+    """Note what `output` is of. Raises UserError where it is of something else: its figures would be taken for these.
+
+    What an earlier command did not ask for, a cold start say, may come now.
+    """
+    file = output / "asked.json"
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    for name, value in before.items():
+        if value and asked[name] and value != asked[name]:
+            raise UserError(
+                f"{output} was begun with {name} {value!r}, not {asked[name]!r}; name another with --output"
+            )
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps({name: value or before.get(name) for name, value in asked.items()}) + "\n")
+
+
 def set_constants(arm: str) -> None:
     """What an arm trains with and asks with, its model before it too."""
     _, _, _, constants, prompt = ARMS[arm]
@@ -232,6 +248,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--traces: no {folder!r}; name a folder where make_traces.py wrote `sifted`")
 
     cpu, output = ["--cpu"] * flags.cpu, flags.output
+    check_asked(output, {name: getattr(flags, name) for name in ("model", "cold", "samples", "steps")})
     data = {"test": write_questions([flags.dataset], output / "questions", flags.questions)}
     if flags.mgsm:
         data["mgsm"] = flags.mgsm

@@ -100,7 +100,7 @@ def write_lines(file: Path, rows: list[dict]) -> None:
 
 
 def read_lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
 
 
 def row(name: str, answers: list[dict]) -> str:

@@ -19,6 +19,7 @@ import checkpoints
 import train_grpo
 from console import UserError
 from draw_curves import read_history
+from trainer import WholeCheckpoints
 
 SMALL = {"QUESTIONS_PER_STEP": 2, "MAX_COMPLETION_TOKENS": 32, "EVAL_QUESTIONS": 8, "SAVE_EVERY": 1, "SAVE_LIMIT": 9}
 SMALL |= {"BF16": False, "LEARNING_RATE": 5e-4, "WARMUP_STEPS": 1, "GRADIENT_CHECKPOINTING": False}
@@ -241,6 +242,14 @@ def test_a_finished_run_can_be_made_longer(copy):
     assert checkpoints.find(copy, recipe, resume=True) == copy / "checkpoint-3"
 
 
+def test_resuming_without_curves(train, copy, capsys):
+    """Who deletes runs/ loses the curves, not the checkpoint."""
+    shutil.rmtree(copy / "runs")
+    train(copy, "--resume", "--max-steps", "4")
+    assert "is gone: the curves begin at step 3" in capsys.readouterr().out
+    assert checkpoints.step_of(checkpoints.newest_checkpoint(copy)) == 4
+
+
 def test_moved_folder_is_the_same_run(tmp_path):
     """The demo's model lies inside the output folder: moving that, or spelling it otherwise, changes no recipe."""
     recipe = SimpleNamespace(OUTPUT_DIR="output/demo", MODEL="output/demo/base/model")
@@ -399,6 +408,8 @@ def test_disk_is_checked_before_the_run(trainer, tmp_path, monkeypatch):
     checkpoints.check_disk(tmp_path, trainer.model, save_limit=3)
     with pytest.raises(UserError, match="GB free and .*5 checkpoints.*SAVE_LIMIT.*--output"):
         checkpoints.check_disk(tmp_path, trainer.model, save_limit=4)
+    monkeypatch.undo()
+    checkpoints.check_disk(tmp_path / "not" / "yet", trainer.model, save_limit=1)  # another process will make it
 
 
 @pytest.mark.parametrize(
@@ -419,6 +430,14 @@ def test_trained_model_that_cannot_be_saved(trainer, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="could not be saved .*No space left.*--resume"):
         checkpoints.save_trained(trainer, tmp_path, max_tokens=32)
     assert not list(tmp_path.glob("*.safetensors")) and not (tmp_path / "Modelfile").exists()
+
+
+@pytest.mark.parametrize("sharded", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_sharded_or_cast_weights_are_refused(sharded):
+    """Before a step is made: evaluation could not gather them, or the end would find them in bf16."""
+    theirs = type("Theirs", (), {"is_fsdp_enabled": False, "is_deepspeed_enabled": False, sharded: True})
+    with pytest.raises(UserError, match="FSDP and DeepSpeed are not supported"):
+        type("Mine", (WholeCheckpoints, theirs), {})()
 
 
 # ------------------------------------------------------------------------------------------------------------- memory

@@ -11,14 +11,18 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT, error_line, run_script
 
 import accuracy
 import chat
+import console
 import evaluate as evaluate_script
 import models
 import prompts
+import train_grpo
 from accuracy import evaluate, evaluate_samples, grade, interval, summarize, summarize_samples
+from console import UserError
 from prompts import to_conversation
 
 
@@ -238,6 +242,29 @@ def test_another_prompt_than_in_training(demo_base, tmp_path, monkeypatch, capsy
             assert (said in out) == (example != prompts.EXAMPLE) and "the SYSTEM_PROMPT of its training" in out
             assert asked and all(turns[:-1] == prompts.to_conversation("", "按格式", example)[:-1] for turns in asked)
             asked.clear()
+
+
+def test_memory_and_folder_are_this_machines(demo_base, tmp_path, monkeypatch):
+    """A model trained with a large EVAL_BATCH is evaluated with ours; a wrong --output costs no answers."""
+    model = tmp_path / "model"
+    shutil.copytree(demo_base / "model", model)
+    (model / "recipe").mkdir()
+    (model / "recipe/recipe.json").write_text(json.dumps({"EVAL_BATCH": 4096, "MAX_COMPLETION_TOKENS": 40}))
+    given = []
+
+    def out_of_memory(sampler, tokenizer, questions, tokens, batch, title):
+        given.extend((tokens, batch))
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(evaluate_script, "evaluate", out_of_memory)
+    flags = [str(model), "--dataset", str(demo_base / "data"), "--cpu"]
+    with pytest.raises(SystemExit) as left:
+        console.run(lambda: evaluate_script.main(flags))
+    assert left.value.code == 2 and given == [40, train_grpo.EVAL_BATCH]
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--output .*is a file"):
+        evaluate_script.main([*flags, "--output", str(tmp_path / "file")])
+    assert len(given) == 2
 
 
 @pytest.mark.parametrize("script", ["evaluate.py", "chat.py"])

@@ -142,7 +142,7 @@ def test_flat_groups_of_right_answers_are_another_matter():
 
 def test_an_alarm_that_holds_is_raised_again_only_now_and_then(capsys):
     watch = Monitor.__new__(Monitor)
-    watch.raised, watch.history = {}, DRIVEN["too_many_cut_off"][0]
+    watch.raised, watch.unwritten, watch.history = {}, False, DRIVEN["too_many_cut_off"][0]
     texts = []
     watch.board = SimpleNamespace(add_text=lambda tag, text, step: texts.append((tag, step)))
     for step in range(50, 50 + REPEAT + 5):
@@ -222,9 +222,24 @@ def test_resuming_drops_samples_that_will_be_made_again(tmp_path):
     file = tmp_path / "samples.jsonl"
     monitor.keep_samples_until(5, file)  # none yet
     lines = [json.dumps({"step": step, "completion": "\u2028"}, ensure_ascii=False) + "\n" for step in (1, 5, 6)]
-    file.write_text("".join(lines) + '{"step": 2, "quest', encoding="utf-8")  # killed while writing
+    torn = "\0\0\n{}\n"  # a power cut
+    file.write_text(torn + "".join(lines) + '{"step": 2, "quest', encoding="utf-8")  # killed while writing
     monitor.keep_samples_until(5, file)
     assert file.read_text(encoding="utf-8") == "".join(lines[:2])
+
+
+def test_a_full_disk_costs_curves_and_not_the_run(capsys):
+    """TensorBoard's writer raises from its first failure on: that is said once, and the history is kept in memory."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    watch = Monitor.__new__(Monitor)
+    watch.history, watch.unwritten, watch.board = [], False, SimpleNamespace(add_scalar=full)
+    for step in (1, 2):
+        watch.record(step, {"reward/total": 0.5, "length/mean": 30.0})
+    assert [row["step"] for row in watch.history] == [1, 2] and watch.history[1]["length/mean"] == 30
+    assert capsys.readouterr().out.count("WARNING") == 1
 
 
 def test_resuming_replaces_the_curves_of_lost_steps(tmp_path):

@@ -504,7 +504,7 @@ def test_finished_rows_are_counted(path, new):
 
 
 def test_model_moved_after_the_sampler_was_made():
-    """DeepSpeed moves the model when training starts: device and end tokens follow it."""
+    """A model that has been moved since: device and end tokens follow it."""
     model = make_model().eval()
     policy = copy.deepcopy(model).to("meta")
     sampler = Sampler(policy, make_tokenizer())
@@ -520,14 +520,6 @@ def fake_trainer(**changes) -> SimpleNamespace:
     args = SimpleNamespace(bf16=True, fp16=False)
     parts = {"use_vllm": False, "model": make_model(), "processing_class": make_tokenizer()}
     return SimpleNamespace(**parts | {"accelerator": accelerator, "args": args} | changes)
-
-
-def test_rollout_moves_the_model_to_its_device():
-    """The sampler is asked for before `train()`, and DeepSpeed leaves the model on the CPU until then."""
-    trainer = fake_trainer()
-    sampler = Rollout(fast=False).sampler(trainer)
-    assert sampler.autocast == torch.bfloat16 and sampler.model is trainer.model
-    assert {parameter.device.type for parameter in trainer.model.parameters()} == {"meta"}
 
 
 class FakeVllm(SimpleNamespace):

@@ -53,9 +53,14 @@ def test_real_model(demo_base, tmp_path):
     assert (tmp_path / "rewards_real.png").read_bytes().startswith(b"\x89PNG")
     again = run_script(*command)
     assert again.stdout == done.stdout[-len(again.stdout) :] and "step" not in again.stdout.split("| --- |")[0]
-    for flags in (["--questions", 5], ["--traces", sifted[0].parent]):  # argparse takes the last one
+    for flags, words in (  # argparse takes the last one
+        (["--questions", 5], "holds other questions"),
+        (["--traces", sifted[0].parent], "holds other questions"),
+        (["--cold", tmp_path / "cold"], "was begun with cold"),
+        (["--samples", 8], "was begun with samples 4"),
+    ):
         line = error_line(run_script(*command, *flags, expect=2))
-        assert "holds other questions" in line and "--output" in line
+        assert words in line and "--output" in line
 
 
 def test_bench_step_on_a_small_card(monkeypatch, capsys):

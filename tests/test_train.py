@@ -4,6 +4,7 @@ import ast
 import io
 import json
 import math
+import os
 import re
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -207,6 +208,34 @@ def test_missing_folders_are_refused_by_constant(tmp_path):
         command = with_constants(**{constant: str(tmp_path / "nowhere")})
         line = error_line(run_script(*command, "--cpu", "--output", tmp_path / "run", expect=2))
         assert f"{constant} (--{constant.lower()}): there is no folder" in line
+
+
+def test_modules_that_the_model_has_not(demo_base, tmp_path):
+    """A misspelt or an empty LORA_MODULES is one line with the names to choose from."""
+    flags = ["--cpu", "--model", demo_base / "model", "--dataset", demo_base / "data", "--output", tmp_path / "run"]
+    command = with_constants(USE_LORA=True, LORA_MODULES=["q_proj", "qproj"])
+    line = error_line(run_script(*command, *flags, expect=2))
+    assert "LORA_MODULES" in line and "'qproj'" in line and "q_proj, " in line
+    with pytest.raises(UserError, match="LORA_MODULES = \\[\\] is not one name or more"):
+        train_grpo.check_constants(SimpleNamespace(**train_grpo.default_recipe() | {"LORA_MODULES": []}))
+
+
+def test_kl_to_an_adapters_base_is_refused(tmp_path):
+    """TRL would take what the adapter was trained on, and not the model with it, for the untrained one."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    recipe = train_grpo.default_recipe() | {"MODEL": str(tmp_path)}
+    train_grpo.check_constants(SimpleNamespace(**recipe))
+    with pytest.raises(UserError, match="BETA = 0.04 with the adapter"):
+        train_grpo.check_constants(SimpleNamespace(**recipe | {"BETA": 0.04}))
+
+
+def test_bf16_decides_over_accelerate_config(monkeypatch):
+    """`accelerate launch` hands its workers the answer to `accelerate config`, which the trainers would follow."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    _, autocast = train_grpo.take_machine(train_grpo.parse_flags(["--demo", "--cpu"]), bf16=False)
+    assert autocast is None and os.environ["ACCELERATE_MIXED_PRECISION"] == "no"
+    recipe = SimpleNamespace(**train_grpo.default_recipe())
+    assert not train_grpo.grpo_config(recipe, True, False, 32).fp16
 
 
 def test_steps_of_a_part_of_an_epoch():
