@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 from models import encode
-from rewards import extract_answer, find_numbers, parse_number, soft_format_reward
+from rewards import answered_number, find_numbers, soft_format_reward
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,8 +28,7 @@ def interval(share: float, n: int) -> list[float]:
 def grade(completion: str, label: int) -> dict:
     """strict: the one answer block holds the label. flexible: that number or, without one, the last in the text.
     format: it earns the soft format reward."""
-    extracted = extract_answer(completion)
-    number = None if extracted is None else parse_number(extracted)
+    number = answered_number(completion)
     numbers = find_numbers(completion) if number is None else [number]
     [format_value] = soft_format_reward([[{"role": "assistant", "content": completion}]])
     return {

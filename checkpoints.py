@@ -7,7 +7,6 @@ there: kill -9 or a power cut at any moment costs the steps since the last save,
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import re
@@ -252,7 +251,7 @@ def save_recipe(output: Path, recipe: SimpleNamespace) -> None:
 def changed_constants(output: Path, recipe: SimpleNamespace) -> dict[str, tuple]:
     """The constants, prompt and versions that differ from what `output` was begun with: name -> (before, now)."""
     before, now = _read_json(output / "recipe" / "recipe.json"), describe_recipe(recipe)
-    old, new = (f"{described.pop('OUTPUT_DIR')}{os.sep}" for described in (before, now))
+    old, new = before.pop("OUTPUT_DIR") + os.sep, now.pop("OUTPUT_DIR") + os.sep
     for name, value in before.items():
         if isinstance(value, str) and value.startswith(old):  # the demo's model: the folder may have been moved
             before[name] = new + value.removeprefix(old)
@@ -293,7 +292,7 @@ def save_trained(trainer: Trainer, output: Path, max_tokens: int) -> None:
                 _delete([output / path.name])
             os.replace(path, output / path.name)
         temporary.rmdir()
-    except Exception as error:  # as in _attempt
+    except Exception as error:  # as in attempt
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
             f"the trained model could not be saved ({first_line(error)}); mend that and --resume"

@@ -80,8 +80,8 @@ def rewrite(text: str) -> tuple[str, Decimal | None]:
     `<think>` stood in the prompt); without a box the last number.
     """
     thinking, closed, rest = text.partition("</think>")
-    answered = extract_answer(text)
-    boxes = [] if answered is not None else list(_BOX.finditer(rest if closed else text))
+    said, answered = rest if closed else text, extract_answer(text)
+    boxes = list(_BOX.finditer(said))
     if answered is not None:
         number = parse_number(answered)
         thinking = thinking if closed else text.partition("<answer>")[0]
@@ -91,7 +91,7 @@ def rewrite(text: str) -> tuple[str, Decimal | None]:
             end = boxes[-1].end()
             thinking = text[:end] + text[end:].partition("\n\n")[0]
     else:
-        number = (find_numbers(rest if closed else text) or [None])[-1]
+        number = (find_numbers(said) or [None])[-1]
     return tidy(thinking.strip().removeprefix("<think>")), number
 
 

@@ -79,11 +79,14 @@ def model_card(recipe: dict, results: dict) -> str:
         settings["weights of the rewards"] = ", ".join(f"{reward.__name__} {weight:g}" for reward, weight in weights)
     turns = [*recipe["EXAMPLE"], {"role": "user", "content": recipe["PROBE_QUESTION"]}]
     asked = ", ".join(json.dumps(turn, ensure_ascii=False) for turn in turns)
-    figures = [
-        f"| {when} | {e['strict']:.1%} | {e['strict_ci95'][0]:.1%} to {e['strict_ci95'][1]:.1%} | {e['flexible']:.1%} "
-        f"| {e['format']:.1%} | {e['mean_tokens']:.0f} |"
-        for when, e in ((when, results[when]) for when in ("before", "after"))
-    ]
+    figures = ""
+    for when in ("before", "after"):
+        e = results[when]
+        figures += (
+            f"| {when} | {e['strict']:.1%} | {e['strict_ci95'][0]:.1%} to {e['strict_ci95'][1]:.1%} "
+            f"| {e['flexible']:.1%} | {e['format']:.1%} | {e['mean_tokens']:.0f} |\n"
+        )
+    rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
     return f'''\
 ---
 {metadata}
@@ -96,11 +99,10 @@ equals the label; *flexible*: where there is no such number, the last one in the
 
 | | strict | 95 % interval | flexible | format | tokens |
 | --- | --- | --- | --- | --- | --- |
-{chr(10).join(figures)}
-
+{figures}
 | | |
 | --- | --- |
-{chr(10).join(f"| {name} | {value} |" for name, value in settings.items())}
+{rows}
 
 `recipe/` holds every constant and the scripts that made this model, `results.json` its figures.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import html
 import json
 import math
-import os
 import sys
 import time
 import zlib
@@ -27,7 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 
 from accuracy import describe, evaluate, summarize
-from checkpoints import attempt
+from checkpoints import attempt, write_text
 from console import UserError
 from models import describe_precision
 from prompts import to_conversation
@@ -213,9 +212,7 @@ def keep_samples_until(step: int, file: Path) -> None:
                 with suppress(ValueError, TypeError, KeyError):  # of a power cut
                     if line.endswith("\n") and json.loads(line)["step"] <= step:
                         kept.append(line)
-        temporary = file.with_name(f".tmp-{file.name}")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, file)
+        write_text(file, "".join(kept))
 
 
 # A completion repeats itself where its end compresses better than any prose does. The rate is Whisper's for the same
@@ -242,7 +239,7 @@ def preformatted(text: str) -> str:
 
     In <pre> a line of Chinese would run off the screen, and the sanitizer leaves no style to mend that.
     """
-    return f"<p>{html.escape(text).replace(chr(10), '<br>')}</p>"
+    return "<p>" + html.escape(text).replace("\n", "<br>") + "</p>"
 
 
 def side_by_side(best: dict, worst: dict) -> str:
@@ -317,7 +314,7 @@ class Watch(TrainerCallback):
         sample = summarize([rows[i] for i in self.held_out])
         self.record_held_out(step, sample)
         if step > 0:
-            self.is_best(step, sample["strict"])
+            self.note_best(step, sample["strict"])
         _, [probe] = self.evaluate({"prompt": [to_conversation(self.recipe.PROBE_QUESTION)], "answer": [None]})
         return figures, probe["completion"]
 
@@ -363,7 +360,7 @@ class Watch(TrainerCallback):
                 figures, _ = self.evaluate(self.test.select(self.held_out))
                 print(f"held-out   {describe(figures)}", flush=True)
                 self.record_held_out(state.global_step, figures)
-            control.should_save |= self.is_best(state.global_step, broadcast_object_list([figures])[0]["strict"])
+            control.should_save |= self.note_best(state.global_step, broadcast_object_list([figures])[0]["strict"])
         if self.board:
             self.show_more(state.global_step)
             self.write(self.board.flush)  # a killed run keeps its curves
@@ -409,10 +406,10 @@ class Watch(TrainerCallback):
             flush=True,
         )
 
-    def is_best(self, step: int, strict: float) -> bool:
-        """Whether no held-out point was better; such a step is noted where the trainer keeps it in its checkpoints.
+    def note_best(self, step: int, strict: float) -> bool:
+        """Note a step that is better than every held-out point so far in the trainer's state; whether this one is.
 
-        The trainer then spares that checkpoint when it deletes old ones.
+        The state is part of each checkpoint, and the best one is spared when old ones are deleted.
         """
         state = self.trainer.state
         if state.best_metric is not None and strict <= state.best_metric:

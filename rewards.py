@@ -86,7 +86,8 @@ def extract_answer(text: str) -> str | None:
     return inside.strip() if end else None
 
 
-def _answered_number(text: str) -> Decimal | None:
+def answered_number(text: str) -> Decimal | None:
+    """The one number of the one answer block; None where there is no such block or not one number in it."""
     answer = extract_answer(text)
     return None if answer is None else parse_number(answer)
 
@@ -127,7 +128,8 @@ def chinese_share(thinking: str, question: str) -> float:
     known = set(_FOREIGN.findall(question.lower()))
     words = [word for word in _FOREIGN.findall(_COMMAND.sub(" ", thinking).lower()) if word not in known]
     chinese = len(_CHINESE.findall(thinking))
-    return chinese / (chinese + sum(map(len, words)) or 1)
+    letters = chinese + sum(map(len, words))
+    return chinese / letters if letters else 0.0
 
 
 def _texts(completions: list[list[dict]]) -> list[str]:
@@ -160,7 +162,7 @@ def hard_format_reward(completions: list[list[dict]], **kwargs) -> list[float]:
 def digit_reward(completions: list[list[dict]], **kwargs) -> list[float | None]:
     """0.5 where the answer block holds exactly one number, right or wrong; None for a question without a label."""
     pairs = zip(_texts(completions), kwargs.get("answer", [0] * len(completions)), strict=True)
-    return [None if label is None else 0.0 if _answered_number(text) is None else 0.5 for text, label in pairs]
+    return [None if label is None else 0.0 if answered_number(text) is None else 0.5 for text, label in pairs]
 
 
 def is_label(value: object) -> bool:
@@ -183,7 +185,7 @@ def correctness_reward(completions: list[list[dict]], answer: list[int | None], 
     if "log_extra" in kwargs:  # TRL keeps it beside the completions, where the monitor finds it
         kwargs["log_extra"]("label", answer)
     pairs = zip(_texts(completions), answer, strict=True)
-    return [None if label is None else 2.0 if _answered_number(text) == int(label) else 0.0 for text, label in pairs]
+    return [None if label is None else 2.0 if answered_number(text) == int(label) else 0.0 for text, label in pairs]
 
 
 def language_reward(completions: list[list[dict]], prompts: list[list[dict]], **kwargs) -> list[float]:

@@ -178,7 +178,6 @@ class Sampler:
         model: the policy, maybe wrapped by PEFT; it is never changed.
         tokenizer: gives the ids for the end and for padding.
         autocast: the precision the policy trains under, such as torch.bfloat16; None runs it as it is.
-        use_graph: on CUDA, replay one captured step instead of launching its kernels one by one.
     """
 
     def __init__(
@@ -186,11 +185,10 @@ class Sampler:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         autocast: torch.dtype | None = None,
-        use_graph: bool = True,
     ):
-        self.model, self.autocast, self.use_graph = model, autocast, use_graph
-        self.eos = _eos_ids(model, tokenizer)
-        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos[0]
+        self.model, self.autocast = model, autocast
+        self.use_graph = True  # on CUDA one captured step is replayed, where its kernels would be launched one by one
+        self.eos, self._pad = _eos_ids(model, tokenizer), tokenizer.pad_token_id
         self._layout: tuple[list, list] | None = None  # of the model, when the shadow was built
 
     def generate(
@@ -427,7 +425,7 @@ class PlainSampler:
         """As Sampler.generate; `on_finished` hears of all completions at once."""
         if not prompt_ids:
             return []
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.eos[0]
+        pad = self.tokenizer.pad_token_id
         # every value is named: what is left out comes from the model's generation_config.json
         sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
         config = GenerationConfig(
@@ -535,8 +533,9 @@ class Rollout:
     def _own_sampler(self, trainer: Trainer) -> Sampler | PlainSampler:
         args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         autocast = torch.bfloat16 if args.bf16 else None
-        make = functools.partial(make_sampler, args=args) if self.fast else PlainSampler
-        return make(model, trainer.processing_class, autocast)
+        if not self.fast:
+            return PlainSampler(model, trainer.processing_class, autocast)
+        return make_sampler(model, trainer.processing_class, autocast, args)
 
     def __call__(self, prompts: list, trainer: GRPOTrainer) -> dict[str, list | None]:
         """One completion for each of `prompts`, which come repeated, `num_generations` times each."""

@@ -231,25 +231,27 @@ def make_recipe(flags: argparse.Namespace) -> SimpleNamespace:
 def check_constants(recipe: SimpleNamespace) -> None:
     """Raises UserError for the first constant of a wrong type or out of its range, or for what is not installed."""
     check_types(recipe, sys.modules[__name__])
-    words = f"{len(REWARDS)} numbers of 0 or more, the language's at most a tenth of all there is to earn"
+    weights = recipe.REWARD_WEIGHTS
+    if not (is_a(weights, list[float]) and weights_fit(weights)):
+        raise UserError(
+            f"REWARD_WEIGHTS = {weights!r} is not {len(REWARDS)} numbers of 0 or more, the language's at most a tenth "
+            "of all there is to earn; mend it in rewards.py"
+        )
+    betas = recipe.ADAM_BETAS
     ranges = {  # of those that need not simply be above 0
         "SEED": ("from 0 to 2**32 - 1", 0 <= recipe.SEED < 2**32),
         "COMPLETIONS_PER_QUESTION": ("2 or more: one is its own baseline", recipe.COMPLETIONS_PER_QUESTION >= 2),
         "WARMUP_STEPS": ("0 or more", recipe.WARMUP_STEPS >= 0),
-        "ADAM_BETAS": ("two from 0, below 1", [0 <= beta < 1 for beta in recipe.ADAM_BETAS] == [True, True]),
+        "ADAM_BETAS": ("two from 0, below 1", len(betas) == 2 and all(0 <= beta < 1 for beta in betas)),
         "WEIGHT_DECAY": ("0 or more", recipe.WEIGHT_DECAY >= 0),
         "MAX_GRAD_NORM": ("0 or more", recipe.MAX_GRAD_NORM >= 0),
         "MAX_STEPS": ("-1, or 1 or more", recipe.MAX_STEPS == -1 or recipe.MAX_STEPS >= 1),
         "BETA": ("0 or more", recipe.BETA >= 0),
         "LORA_DROPOUT": ("from 0, below 1", 0 <= recipe.LORA_DROPOUT < 1),
         "LORA_MODULES": ("one name or more", recipe.LORA_MODULES != []),
-        "REWARD_MODEL": ("", True),
-        "REWARD_WEIGHTS": ("", True),
+        "REWARD_MODEL": ("", True),  # "": there is none
     }
     check_ranges(vars(recipe), ranges, "train_grpo.py")
-    weights = recipe.REWARD_WEIGHTS
-    fit = is_a(weights, list[float]) and weights_fit(weights)
-    check_ranges({"REWARD_WEIGHTS": weights}, {"REWARD_WEIGHTS": (words, fit)}, "rewards.py")
     if recipe.REWARD_MODEL:
         refuse_missing_folder(recipe.REWARD_MODEL, "REWARD_MODEL")
     if recipe.BETA > 0 and not recipe.USE_LORA and Path(recipe.MODEL, "adapter_config.json").exists():

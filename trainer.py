@@ -95,6 +95,17 @@ class WholeCheckpoints:
         check_fits(Path(resume_from_checkpoint), self.model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # A checkpoint brings its learning rate, betas and weight decay along; what the constants say now shall hold.
+        today = [dict(group) for group in self.optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        schedule = self.lr_scheduler
+        schedule.base_lrs = [group["initial_lr"] for group in today]
+        for group, now, share in zip(self.optimizer.param_groups, today, schedule.lr_lambdas, strict=True):
+            group |= {name: now[name] for name in ("initial_lr", "betas", "weight_decay")}
+            group["lr"] = now["initial_lr"] * share(schedule.last_epoch)
+        schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what is logged
+
     def _run_epoch(self, **kwargs) -> None:
         if self.state.global_step < self.state.max_steps:  # a run killed after its last step would make one more
             super()._run_epoch(**kwargs)
@@ -170,7 +181,7 @@ class CarefulTrainer(WholeCheckpoints, GRPOTrainer):
 
     def _teaches(self, inputs: dict) -> torch.Tensor:
         """Which rows have a gradient, [rows]: without a KL term those whose advantage is not exactly 0."""
-        if self.beta == 0 and self._rows_are_independent() and self.model.training:
+        if self.beta == 0 and self._rows_are_independent():
             return inputs["advantages"] != 0
         return torch.ones_like(inputs["advantages"], dtype=torch.bool)
 
@@ -199,7 +210,7 @@ class CarefulTrainer(WholeCheckpoints, GRPOTrainer):
         # A masked row counts as a row: no loss's divisor changes. Logged entropy and clipping are means over live rows.
         loss = super()._compute_loss(model, inputs | {"completion_mask": inputs["completion_mask"] * live[:, None]})
         if not self.accelerator.gather(live.sum()).any():  # nothing was measured; TRL leaves NaN out of its means
-            self._metrics["train" if self.model.training else "eval"]["entropy"][-1] = math.nan
+            self._metrics["train"]["entropy"][-1] = math.nan
         return loss
 
 

@@ -13,7 +13,6 @@ import argparse
 import gc
 import json
 import logging
-import os
 import platform
 import random
 import statistics
@@ -26,14 +25,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 import transformers
 import trl
 import trl.trainer.utils
+from bench_step import CUDA, now  # which finds the project's modules
 from datasets import Dataset
 from torch.profiler import profile
 from transformers import TrainerCallback
@@ -46,7 +42,6 @@ from prompts import to_conversation
 from trainer import CPU_TILE, CarefulTrainer
 
 GROUP, MICRO, LONGEST = 2, 16, 512
-CUDA = torch.cuda.is_available()
 
 
 class Trimmed(CarefulTrainer):
@@ -75,12 +70,6 @@ VARIANTS = {  # -> trainer, which positions the LM head projects, share of flat 
     "trimmed, sorted, skipped; 40 % of groups flat": (CarefulTrainer, _use_triton, 0.4),
     "trimmed, sorted, skipped; 70 % of groups flat": (CarefulTrainer, _use_triton, 0.7),
 }
-
-
-def now() -> float:
-    if CUDA:
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def read_rows(file: Path, tokenizer, rows: int) -> dict[str, list[list[int]]]:

@@ -28,7 +28,7 @@ ENDS = {"eos_token_id": 151645, "pad_token_id": 151643, "bos_token_id": None}
 ROOT = Path(train_grpo.__file__).parent
 STEPS = 10
 START = """
-import sys, zlib
+import zlib
 import train_grpo
 
 def mark_reward(completions, **kwargs):  # random weights earn nothing, and what is rewarded alike is not trained on
@@ -36,7 +36,7 @@ def mark_reward(completions, **kwargs):  # random weights earn nothing, and what
 
 train_grpo.REWARDS[0] = mark_reward
 train_grpo.SAVE_LIMIT = 1
-train_grpo.run(lambda: train_grpo.main(sys.argv[1:]))
+train_grpo.run(train_grpo.main)
 """
 # About as long as the Chinese GSM8K's questions.
 QUESTION = "一列火车每小时行驶{a}公里，先行驶了{b}小时，休息之后又行驶了{c}小时，每张车票{d}元。它一共行驶了多少公里？"

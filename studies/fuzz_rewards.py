@@ -16,11 +16,10 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from console import UserError, run  # noqa: E402
-from rewards import (  # noqa: E402
+from console import UserError, run
+from rewards import (
     correctness_reward,
     digit_reward,
     extract_answer,

@@ -18,17 +18,18 @@ import random
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from study_rewards import CORRECTNESS, EQUAL, TUTORIAL
+
+import evaluate
+import prompts
+import train_grpo
+from checkpoints import write_text
+from console import UserError, run
+from draw_curves import draw_curve, read_history
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from study_rewards import CORRECTNESS, EQUAL, TUTORIAL  # noqa: E402
-
-import evaluate  # noqa: E402
-import prompts  # noqa: E402
-import train_grpo  # noqa: E402
-from checkpoints import write_text  # noqa: E402
-from console import UserError, run  # noqa: E402
-from draw_curves import draw_curve, read_history  # noqa: E402
 
 RECIPE = {  # a step takes two cores about three minutes
     "QUESTIONS_PER_STEP": 4,

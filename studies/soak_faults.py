@@ -20,8 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 # the demo, saved after each step; a small step, for there are many
-START = "import demo, sys, train_grpo; demo.RECIPE |= {'SAVE_EVERY': 1, 'EVAL_EVERY': 20, 'QUESTIONS_PER_STEP': 4}; "
-START += "demo.RECIPE['MICRO_BATCH'] = 32; train_grpo.run(lambda: train_grpo.main(sys.argv[1:]))"
+START = "import demo, train_grpo; demo.RECIPE |= {'SAVE_EVERY': 1, 'EVAL_EVERY': 20, 'QUESTIONS_PER_STEP': 4}; "
+START += "demo.RECIPE['MICRO_BATCH'] = 32; train_grpo.run(train_grpo.main)"
 
 
 def begin(output: Path, steps: int, *flags: str) -> subprocess.Popen:

@@ -14,19 +14,20 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, stdev
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from real_model import RECIPE
+from study_prompts import draw_questions, read_lines, write_lines
+from study_rewards import EQUAL, TUTORIAL
+
+import train_grpo
+from accuracy import answer
+from console import run
+from models import load_model, pick_device
+from prompts import WORKED_EXAMPLE, to_conversation
+from rewards import REWARD_WEIGHTS, REWARDS, correctness_reward, thinking_of
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from real_model import RECIPE  # noqa: E402
-from study_prompts import draw_questions, read_lines, write_lines  # noqa: E402
-from study_rewards import EQUAL, TUTORIAL  # noqa: E402
-
-import train_grpo  # noqa: E402
-from accuracy import answer  # noqa: E402
-from console import run  # noqa: E402
-from models import load_model, pick_device  # noqa: E402
-from prompts import WORKED_EXAMPLE, to_conversation  # noqa: E402
-from rewards import REWARD_WEIGHTS, REWARDS, correctness_reward, thinking_of  # noqa: E402
 
 QUESTIONS = 32
 FLEXIBLE = 0.5  # of a right answer's pay, for the right number outside the answer block

@@ -15,12 +15,13 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from rewards import extract_answer
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-from rewards import extract_answer  # noqa: E402
 
 # The constant edited, as a user would edit it
-START = "import sys, train_grpo; train_grpo.FAST_ROLLOUT = {}; train_grpo.run(lambda: train_grpo.main(sys.argv[1:]))"
+START = "import train_grpo; train_grpo.FAST_ROLLOUT = {}; train_grpo.run(train_grpo.main)"
 
 
 def run_demo(folder: Path, base: Path, fast: bool, seed: int) -> None:

@@ -14,12 +14,11 @@ import re
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from console import UserError, run  # noqa: E402
-from prompts import load_questions, to_conversation  # noqa: E402
-from rewards import extract_answer  # noqa: E402
+from console import UserError, run
+from prompts import load_questions, to_conversation
+from rewards import extract_answer
 
 QUESTIONS = 20
 

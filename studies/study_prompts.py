@@ -15,19 +15,20 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from real_model import RECIPE, TUTORIAL_PROMPT, check_asked, with_interval
+
+import train_grpo
+from accuracy import answer, summarize
+from checkpoints import write_text
+from console import UserError, run
+from make_traces import ask
+from models import encode, load_model, pick_device
+from prompts import SYSTEM_PROMPT, WORKED_EXAMPLE, load_questions, to_conversation
+from rewards import thinking_of
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from real_model import RECIPE, TUTORIAL_PROMPT, with_interval  # noqa: E402
-
-import train_grpo  # noqa: E402
-from accuracy import answer, summarize  # noqa: E402
-from checkpoints import write_text  # noqa: E402
-from console import UserError, run  # noqa: E402
-from make_traces import ask  # noqa: E402
-from models import encode, load_model, pick_device  # noqa: E402
-from prompts import SYSTEM_PROMPT, WORKED_EXAMPLE, load_questions, to_conversation  # noqa: E402
-from rewards import thinking_of  # noqa: E402
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -86,12 +87,7 @@ def draw_questions(flags: argparse.Namespace, seed: int) -> "Dataset":
     questions = load_questions(flags.dataset, "train")
     if not 1 <= flags.questions <= len(questions):
         raise UserError(f"--questions {flags.questions}: from 1 to the {len(questions)} of {flags.dataset!r}")
-    asked = {"model": flags.model, "dataset": flags.dataset, "questions": flags.questions}
-    flags.output.mkdir(parents=True, exist_ok=True)
-    begun = flags.output / "asked.json"
-    if begun.exists() and (before := json.loads(begun.read_text(encoding="utf-8"))) != asked:
-        raise UserError(f"{begun} says that these answers are of {before}; pass another --output for {asked}")
-    begun.write_text(json.dumps(asked) + "\n", encoding="utf-8")
+    check_asked(flags.output, {"model": flags.model, "dataset": flags.dataset, "questions": flags.questions})
     return questions.select(random.Random(seed).sample(range(len(questions)), flags.questions))
 
 

@@ -16,13 +16,14 @@ import sys
 from pathlib import Path
 from statistics import fmean, stdev
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import demo  # noqa: E402
-import draw_curves  # noqa: E402
-import train_grpo  # noqa: E402
-from rewards import REWARD_MAXIMA, extract_answer, language_reward, parse_number  # noqa: E402
+import demo
+import draw_curves
+import train_grpo
+from rewards import REWARD_MAXIMA, extract_answer, language_reward, parse_number
+
+ROOT = Path(__file__).parent.parent
 
 
 # ------------------------------------------------------------------------ the tutorial's five rewards, as published

@@ -1,5 +1,6 @@
 """What the tests share: no network, the scripts run as a user runs them, and one barely taught tiny model."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -37,6 +38,14 @@ def error_line(done: subprocess.CompletedProcess) -> str:
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     return lines[0]
+
+
+def names_read() -> set[str]:
+    """What the scripts read as `x.NAME` or `x["NAME"]`, but for the checks of constants: a check is no use."""
+    tops = [top for path in ROOT.glob("*.py") for top in ast.parse(path.read_text(encoding="utf-8")).body]
+    nodes = [n for top in tops if getattr(top, "name", "") != "check_constants" for n in ast.walk(top)]
+    read = {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+    return read | {n.slice.value for n in nodes if isinstance(n, ast.Subscript) and isinstance(n.slice, ast.Constant)}
 
 
 @pytest.fixture(scope="session")

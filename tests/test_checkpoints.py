@@ -215,10 +215,15 @@ def test_changed_recipe_is_named_and_recorded(copy, capsys):
     assert checkpoints.changed_constants(copy, recipe) == {}
 
 
-def test_resuming_under_a_changed_recipe(train, copy):
-    """The run itself goes on under the new constants."""
+def test_resuming_under_a_changed_recipe(train, whole_run, copy):
+    """The run itself goes on under the new constants, although the optimizer's own state brings the old ones."""
     shutil.rmtree(copy / "checkpoint-3")
-    train(copy, "--resume", LEARNING_RATE=1e-4)
+    train(copy, "--resume", LEARNING_RATE=1e-4, WEIGHT_DECAY=0.3, ADAM_BETAS=(0.8, 0.9))
+    old, new = (read_history(folder)[-1]["training/learning_rate"] for folder in (whole_run.output, copy))
+    assert new == pytest.approx(old / 5) and old > 0
+    groups = torch.load(copy / "checkpoint-3" / "optimizer.pt", weights_only=True)["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.3}
+    assert {group["betas"] for group in groups} == {(0.8, 0.9)}
     assert json.loads((copy / "recipe" / "recipe-until-2.json").read_text())["LEARNING_RATE"] == 5e-4
     assert json.loads((copy / "recipe" / "recipe.json").read_text())["LEARNING_RATE"] == 1e-4
 

@@ -1,19 +1,14 @@
 """studies/study_pipeline.py: its commands can be typed, a finished stage is not run again, and the table is right."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+import study_pipeline as study
 
 import make_traces
 import train_grpo
 import train_sft
-
-spec = importlib.util.spec_from_file_location("study_pipeline", ROOT / "studies" / "study_pipeline.py")
-study = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(study)
 
 PARSERS = {"train_grpo.py": train_grpo, "train_sft.py": train_sft, "make_traces.py": make_traces}
 

@@ -1,6 +1,5 @@
 """train_sft.py: it learns completions only and whole, says a bad file in a line, and loses nothing by a stop."""
 
-import ast
 import json
 import signal
 import subprocess
@@ -11,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, error_line, run_script
+from conftest import ROOT, error_line, names_read, run_script
 from datasets import load_from_disk
 from safetensors.torch import load_file
 
@@ -353,13 +352,7 @@ def test_every_constant_has_one_home():
     own, shared = train_sft.constants_of(train_sft), set(train_sft.SHARED)
     assert shared <= set(train_grpo.default_recipe()) and not shared & set(own)
     assert set(SFT_RECIPE) <= shared | set(own) and "TRACES" in checkpoints.UNFIT
-    nodes = [node for file in ROOT.glob("*.py") for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
-    read = {n.attr for n in nodes if isinstance(n, ast.Attribute)} | {n.slice.value for n in nodes if is_key(n)}
-    assert shared | set(own) <= read
-
-
-def is_key(node: ast.AST) -> bool:
-    return isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant)
+    assert shared | set(own) <= names_read()
 
 
 def test_flags_override_constants(monkeypatch):

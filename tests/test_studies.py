@@ -6,18 +6,16 @@ import shutil
 import sys
 from types import SimpleNamespace
 
+import bench_step
+import fuzz_rewards
 import pytest
+import study_advantages
+import study_gguf
 import torch
-from conftest import ROOT, error_line, run_script
+from conftest import error_line, run_script
 
 from console import UserError
 from prompts import load_questions, to_row
-
-sys.path.insert(0, str(ROOT / "studies"))
-import bench_step  # noqa: E402
-import fuzz_rewards  # noqa: E402
-import study_advantages  # noqa: E402
-import study_gguf  # noqa: E402
 
 
 def test_real_model(demo_base, tmp_path):
