@@ -11,7 +11,7 @@ import sys
 
 import train_grpo
 from console import run
-from prompts import check_prompt, to_conversation
+from prompts import check_prompt, prompt_of, to_conversation
 
 
 def main() -> None:
@@ -43,8 +43,7 @@ def main() -> None:
     while (question := input(prompt).strip()) != "exit":
         if not question:
             continue
-        conversation = to_conversation(question, trained.get("SYSTEM_PROMPT"), trained.get("EXAMPLE"))
-        (ids,) = encode(tokenizer, [conversation])
+        (ids,) = encode(tokenizer, [to_conversation(question, **prompt_of(trained))])
         streamer = TextStreamer(tokenizer, skip_special_tokens=True)  # holds back half a Chinese character
         for token in sampler.stream(ids, recipe["MAX_COMPLETION_TOKENS"], flags.temperature):
             streamer.put(torch.tensor([token]))

@@ -14,7 +14,7 @@ import train_grpo
 from accuracy import describe, describe_samples, evaluate, evaluate_samples
 from console import UserError, run
 from models import find_beside, load_model, pick_device
-from prompts import check_prompt, load_questions
+from prompts import check_prompt, load_questions, prompt_of
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -46,8 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     check_writable(folder)
     model, tokenizer = load_model(flags.model)
     dataset = flags.dataset or find_beside(flags.model, "results.json").get("dataset", recipe["DATASET"])
-    prompt = {"system": trained.get("SYSTEM_PROMPT"), "example": trained.get("EXAMPLE")}
-    questions = load_questions(dataset, flags.split, **prompt)
+    questions = load_questions(dataset, flags.split, **prompt_of(trained))
     questions = questions.select(range(min(flags.limit or len(questions), len(questions))))
     device, autocast = pick_device(flags.cpu, recipe["BF16"])
     sampler = make_sampler(model.to(device).eval(), tokenizer, autocast)

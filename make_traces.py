@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING
 import pretraining
 import train_grpo
 from console import UserError, check_ranges, check_types, constants_of, first_line, note, run
-from prompts import load_questions, to_conversation, to_row
+from prompts import load_questions, prompt_of, to_conversation, to_row
 from rewards import (
     chinese_share,
     correctness_reward,
@@ -260,7 +260,7 @@ def ask(question: str, free: bool, trained: dict) -> list[dict]:
     """
     if free:
         return [{"role": "user", "content": f"{question}\n{FREE_PROMPT}"}]
-    return to_conversation(question, trained.get("SYSTEM_PROMPT"), trained.get("EXAMPLE"))
+    return to_conversation(question, **prompt_of(trained))
 
 
 def sample(

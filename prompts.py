@@ -66,6 +66,15 @@ def to_conversation(question: str, system: str | None = None, example: list[dict
     return [{"role": "system", "content": system}, *example, {"role": "user", "content": question}]
 
 
+def prompt_of(trained: dict) -> dict:
+    """`system` and `example` of `to_conversation`, as a model was trained; None, this file's, where that is not known.
+
+    Args:
+        trained: its recipe.json; {} where there is none.
+    """
+    return {"system": trained.get("SYSTEM_PROMPT"), "example": trained.get("EXAMPLE")}
+
+
 def check_prompt(trained: dict) -> None:
     """Say in a line where a model was trained under another prompt than this file has: it is asked under its own.
 

@@ -221,10 +221,7 @@ def test_another_prompt_than_in_training(demo_base, tmp_path, monkeypatch, capsy
         return models_encode(tokenizer, conversations)
 
     models_encode = models.encode
-    for module in (
-        models,
-        accuracy,
-    ):  # chat.py takes it from the one, evaluate.py from the other
+    for module in (models, accuracy):  # chat.py takes it from the one, evaluate.py from the other
         monkeypatch.setattr(module, "encode", encode)
     said = "note: this model is asked under the EXAMPLE of its training"
     for example in (prompts.EXAMPLE, prompts.WORKED_EXAMPLE):

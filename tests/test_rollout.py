@@ -515,13 +515,6 @@ def test_model_moved_after_the_sampler_was_made():
     assert sampler.device.type == "cpu"
 
 
-def fake_trainer(**changes) -> SimpleNamespace:
-    accelerator = SimpleNamespace(device=torch.device("meta"), unwrap_model=lambda model, **_: model)
-    args = SimpleNamespace(bf16=True, fp16=False)
-    parts = {"use_vllm": False, "model": make_model(), "processing_class": make_tokenizer()}
-    return SimpleNamespace(**parts | {"accelerator": accelerator, "args": args} | changes)
-
-
 class FakeVllm(SimpleNamespace):
     """TRL's vllm_generation: what it is asked, and with which attributes at that moment."""
 
@@ -545,7 +538,9 @@ def test_vllm_evaluates_with_its_own_engine():
     """With TRL's vLLM no second sampler is made: greedy answers of the weights of the moment, settings put back."""
     engine = FakeVllm()
     state = SimpleNamespace(global_step=3)
-    trainer = fake_trainer(use_vllm=True, vllm_generation=engine, state=state, _last_loaded_step=-1)
+    trainer = SimpleNamespace(use_vllm=True, vllm_generation=engine, state=state, _last_loaded_step=-1)
+    trainer.model, trainer.processing_class = make_model(), make_tokenizer()
+    trainer.accelerator = SimpleNamespace(unwrap_model=lambda model: model)
     sampler, heard = Rollout().sampler(trainer), []
     assert isinstance(sampler, VllmSampler) and sampler.eos == [EOS] and sampler.generate([], 8) == []
     neutral = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0, "generation_kwargs": {}, "n": 1}
