@@ -187,8 +187,7 @@ def make_demo(folder: str | Path, steps: int = SFT_STEPS) -> tuple[str, str]:
         print(f"base: {what}, in {folder}, once", flush=True)
         for leftover in (model_folder, data_folder, unfinished):
             shutil.rmtree(leftover, ignore_errors=True)
-        splits = {"train": draw_problems("train", TRAIN_QUESTIONS), "test": draw_problems("test", TEST_QUESTIONS)}
-        save_data(splits, unfinished / "data")
+        save_questions(unfinished / "data")
         teach_base(draw_problems("traces", TRACES), steps, unfinished / "model")
         (unfinished / "model" / seal.name).write_text(fingerprint())
         (unfinished / "data").rename(data_folder)
@@ -203,15 +202,14 @@ def fingerprint() -> str:
     return hashlib.sha256((source + str(to_conversation(""))).encode()).hexdigest()
 
 
-def save_data(splits: dict[str, list[Problem]], folder: Path) -> None:
-    """The questions and labels, in the columns of the hub's data set."""
+def save_questions(folder: Path) -> None:
+    """The data set: questions and labels, in the columns of the hub's."""
     from datasets import Dataset, DatasetDict, disable_progress_bars
 
     disable_progress_bars()
     data = DatasetDict()
-    for name, problems in splits.items():
-        rows = [to_row(problem.question, problem.answer) for problem in problems]
-        data[name] = Dataset.from_list(rows)
+    for part, count in (("train", TRAIN_QUESTIONS), ("test", TEST_QUESTIONS)):
+        data[part] = Dataset.from_list([to_row(p.question, p.answer) for p in draw_problems(part, count)])
     data.save_to_disk(folder)
 
 

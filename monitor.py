@@ -458,7 +458,7 @@ class Monitor(Watch):
     def __init__(self, *args) -> None:
         super().__init__(*args)
         self.raised: dict[Callable, int] = {}  # alarm -> the step at which it was raised last
-        if self.board:
+        if self.board and self.history:  # where runs/ was deleted nobody knows up to which step, and all stay
             keep_samples_until(self.begun, self.output / "samples.jsonl")
 
     def print_header(self, dropped: int) -> None:

@@ -70,8 +70,7 @@ def provide(cache: Path, model: str | None, dataset: str | None) -> None:
     if is_ours(model):
         make_base(Path(model))
     if dataset is None:  # written each time, in a moment, so that it cannot be stale
-        counts = {"train": demo.TRAIN_QUESTIONS, "test": demo.TEST_QUESTIONS}
-        demo.save_data({part: demo.draw_problems(part, count) for part, count in counts.items()}, cache / "data")
+        demo.save_questions(cache / "data")
 
 
 def make_base(folder: Path, steps: int = STEPS) -> None:

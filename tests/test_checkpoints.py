@@ -248,11 +248,13 @@ def test_a_finished_run_can_be_made_longer(copy):
 
 
 def test_resuming_without_curves(train, copy, capsys):
-    """Who deletes runs/ loses the curves, not the checkpoint."""
+    """Who deletes runs/ loses the curves, neither the checkpoint nor the samples."""
     shutil.rmtree(copy / "runs")
+    samples = (copy / "samples.jsonl").read_text(encoding="utf-8")
     train(copy, "--resume", "--max-steps", "4")
     assert "is gone: the curves begin at step 3" in capsys.readouterr().out
     assert checkpoints.step_of(checkpoints.newest_checkpoint(copy)) == 4
+    assert samples and (copy / "samples.jsonl").read_text(encoding="utf-8").startswith(samples)
 
 
 def test_moved_folder_is_the_same_run(tmp_path):
