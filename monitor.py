@@ -265,26 +265,32 @@ class Watch(TrainerCallback):
         trainer: the run.
         rollout: whose sampler answers held-out questions.
         test: held-out questions; a fixed sample of them is answered every EVAL_EVERY steps.
-        history: the rows of an earlier start of this run, up to the checkpoint that is being continued.
+        begun: the step of the checkpoint that is being continued; 0 for a new run.
+        history: the rows of an earlier start of this run, up to that step; none where its curves were deleted.
     """
 
     def __init__(
-        self, recipe: SimpleNamespace, trainer: Trainer, rollout: Rollout, test: Dataset, history: History
+        self,
+        recipe: SimpleNamespace,
+        trainer: Trainer,
+        rollout: Rollout,
+        test: Dataset,
+        begun: int,
+        history: History,
     ) -> None:
         self.recipe, self.output = recipe, Path(recipe.OUTPUT_DIR)
         self.trainer, self.rollout, self.test = trainer, rollout, test
         # drawn once: every look, every run and every seed answers the same questions
         order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
         self.held_out = sorted(order[: recipe.EVAL_QUESTIONS].tolist())
-        self.history = history
+        self.begun, self.history = begun, history
         self.board: SummaryWriter | None = None  # the main process has one
-        self.begun = int(history[-1]["step"]) if history else 0  # the step that this start goes on from
         if trainer.is_world_process_zero():
             # purge_step hides what an interrupted run logged after the checkpoint that this one continues
-            self.board = SummaryWriter(self.output / "runs", purge_step=self.begun + 1)
+            self.board = SummaryWriter(self.output / "runs", purge_step=begun + 1)
             self.board.add_custom_scalars({"overview": self.overview})
             constants = "\n".join(f"{name} = {value!r}" for name, value in vars(recipe).items())
-            self.board.add_text("recipe", preformatted(constants), self.begun)
+            self.board.add_text("recipe", preformatted(constants), begun)
         self.unwritten = False  # whether some curve or sample is missing on the disk, which is said once
         self.seconds_before = history[-1].get("speed/train_seconds", 0.0) if history else 0.0
 
@@ -397,7 +403,8 @@ class Watch(TrainerCallback):
     def print_step(self, max_steps: int) -> None:
         """One line for the newest row of the history."""
         row = self.history[-1]
-        left = row["speed/train_seconds"] / row["step"] * (max_steps - row["step"])
+        timed = sum("speed/step_seconds" in each for each in self.history)
+        left = row["speed/train_seconds"] / timed * (max_steps - row["step"])
         print(
             f"step {row['step']:>{len(str(max_steps))}}/{max_steps}"
             f"  {self.say_step(row)}"
@@ -458,7 +465,7 @@ class Monitor(Watch):
     def __init__(self, *args) -> None:
         super().__init__(*args)
         self.raised: dict[Callable, int] = {}  # alarm -> the step at which it was raised last
-        if self.board and self.history:  # where runs/ was deleted nobody knows up to which step, and all stay
+        if self.board and self.begun:
             keep_samples_until(self.begun, self.output / "samples.jsonl")
 
     def print_header(self, dropped: int) -> None:

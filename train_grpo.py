@@ -354,8 +354,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- before, train, save, after
     results = checkpoints.begin(output, recipe, checkpoint) if state.is_main_process else {}
-    history = read_history(output, until=checkpoints.step_of(checkpoint)) if checkpoint else []
-    monitor = Monitor(recipe, trainer, rollout, test, history)
+    begun = checkpoints.step_of(checkpoint) if checkpoint else 0
+    history = read_history(output, until=begun) if checkpoint else []
+    monitor = Monitor(recipe, trainer, rollout, test, begun, history)
     if state.is_main_process:
         monitor.print_header(dropped=len(train) - len(fitting))
     carry_out(monitor, results, checkpoint, OUT_OF_MEMORY)

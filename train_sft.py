@@ -280,8 +280,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- before, train, save, after
     results = checkpoints.begin(output, recipe, checkpoint) if state.is_main_process else {}
-    history = read_history(output, until=checkpoints.step_of(checkpoint)) if checkpoint else []
-    monitor = SftMonitor(recipe, trainer, Rollout(recipe.FAST_ROLLOUT), test, history)
+    begun = checkpoints.step_of(checkpoint) if checkpoint else 0
+    history = read_history(output, until=begun) if checkpoint else []
+    monitor = SftMonitor(recipe, trainer, Rollout(recipe.FAST_ROLLOUT), test, begun, history)
     if state.is_main_process:
         monitor.print_header(f"{len(traces)} traces of {recipe.TRACES}, {len(mix)} conversations mixed in")
     train_grpo.carry_out(monitor, results, checkpoint, OUT_OF_MEMORY)

@@ -248,13 +248,16 @@ def test_a_finished_run_can_be_made_longer(copy):
 
 
 def test_resuming_without_curves(train, copy, capsys):
-    """Who deletes runs/ loses the curves, neither the checkpoint nor the samples."""
+    """Who deletes runs/ loses the curves, neither the checkpoint nor the samples up to it."""
     shutil.rmtree(copy / "runs")
-    samples = (copy / "samples.jsonl").read_text(encoding="utf-8")
+    file = copy / "samples.jsonl"
+    samples = file.read_text(encoding="utf-8")
+    file.write_text(samples + json.dumps({"step": 4, "completion": "of a step that is made again"}) + "\n")
     train(copy, "--resume", "--max-steps", "4")
     assert "is gone: the curves begin at step 3" in capsys.readouterr().out
     assert checkpoints.step_of(checkpoints.newest_checkpoint(copy)) == 4
-    assert samples and (copy / "samples.jsonl").read_text(encoding="utf-8").startswith(samples)
+    assert samples and file.read_text(encoding="utf-8").startswith(samples)
+    assert "made again" not in file.read_text(encoding="utf-8")
 
 
 def test_moved_folder_is_the_same_run(tmp_path):

@@ -242,6 +242,16 @@ def test_a_full_disk_costs_curves_and_not_the_run(capsys):
     assert capsys.readouterr().out.count("WARNING") == 1
 
 
+def test_time_left_where_the_curves_were_deleted(capsys):
+    """By the pace of the steps that were timed, not of those of before, of which nobody knows the time any more."""
+    watch = SftMonitor.__new__(SftMonitor)
+    row = {"training/loss": 1.0, "training/token_accuracy": 0.5, "training/learning_rate": 1e-5}
+    times = {"speed/step_seconds": 10.0, "speed/train_seconds": 10.0}
+    watch.history = [{"step": 100, "heldout/strict": 0.2}, {"step": 101} | row | times]
+    watch.print_step(110)
+    assert "left 0:01:30" in capsys.readouterr().out
+
+
 def test_resuming_replaces_the_curves_of_lost_steps(tmp_path):
     for began, last, value in ((0, 6, 1.0), (4, 5, 2.0)):  # logged to step 6, resumed at 4, logged to step 5
         with SummaryWriter(tmp_path / "runs", filename_suffix=f".{began}", purge_step=began + 1) as board:
