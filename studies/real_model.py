@@ -9,11 +9,13 @@ questions that were right now and then. For `sifted` take others than --cold was
 knows the answers of those already.
 Every arm is train_grpo.main() under RECIPE. Before and after it its model answers, under the arm's own prompt, the
 same sample of test questions, greedily and with --samples answers at temperature 1, and those of MGSM.
+A few points of 300 questions are chance: read the sign test, ask more (--questions), repeat it (--seed, --output).
 Stopped at any time, the same command goes on.
 """
 
 import argparse
 import json
+import math
 import random
 import sys
 from pathlib import Path
@@ -173,25 +175,38 @@ def measure(model: str, data: dict[str, str], samples: int, folder: Path, cpu: l
     return measured
 
 
-def train(model: str, dataset: str, folder: Path, steps: int, cpu: list[str]) -> None:
+def train(model: str, dataset: str, folder: Path, steps: int, flags: list[str]) -> None:
     """One run of train_grpo.py: begun, continued, or left alone where it is finished."""
     done = folder / "results.json"
     if done.exists() and json.loads(done.read_text(encoding="utf-8")).get("finished"):
         return
     print(f"\n===== {folder.name}", flush=True)
-    flags = ["--model", model, "--dataset", dataset, "--output", str(folder), "--max-steps", str(steps), *cpu]
+    where = ["--model", model, "--dataset", dataset, "--output", str(folder), "--max-steps", str(steps)]
     try:
-        train_grpo.main(flags + ["--resume"] * any(folder.glob("checkpoint-*")))
+        train_grpo.main([*where, *flags, *["--resume"] * any(folder.glob("checkpoint-*"))])
     except SystemExit:  # stopped by a signal, after a save
         print("or with the command that began this study, as it was", flush=True)
         raise
 
 
-def row(name: str, measured: dict[str, dict], results: dict) -> str:
+def compare(before: Path, after: Path) -> str:
+    """The questions that only the model after the training has right, those that only the one before it had, and how
+    often chance alone would part them as far: a two-sided sign test on the greedy answers in two folders."""
+    marks = []
+    for folder in (before, after):
+        lines = (folder / "test" / "eval.jsonl").read_text(encoding="utf-8").split("\n")
+        marks.append([json.loads(line)["strict"] for line in lines if line])
+    pairs = list(zip(*marks, strict=True))
+    won, lost = pairs.count((False, True)), pairs.count((True, False))
+    tail = sum(math.comb(won + lost, count) for count in range(min(won, lost) + 1)) / 2 ** (won + lost)
+    return f"{won}, {lost} (p = {min(2 * tail, 1):.2g})"
+
+
+def row(name: str, measured: dict[str, dict], changed: str, results: dict) -> str:
     """A line of the table."""
     test, mgsm = measured["test"], measured.get("mgsm")
     cells = [name, with_interval(test, "strict"), f"{test['flexible']:.1%}", f"{test['format']:.1%}"]
-    cells += [f"{test['mean_tokens']:.0f}", f"{test['truncated']:.1%}"]
+    cells += [f"{test['mean_tokens']:.0f}", f"{test['truncated']:.1%}", changed]
     cells += [with_interval(test, name) if name in test else "" for name in ("mean", "pass")]
     cells.append(f"{with_interval(mgsm, 'strict')}, {mgsm['flexible']:.1%}" if mgsm else "")
     minutes, memory = results.get("train_seconds", 0) / 60, results.get("peak_memory_gb", 0)
@@ -235,6 +250,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--steps", type=int, default=RECIPE["MAX_STEPS"], help="of each arm")
     parser.add_argument("--questions", type=int, default=TEST_QUESTIONS, help="of the test split")
+    parser.add_argument("--seed", type=int, default=train_grpo.SEED, help="of each arm")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="answers a question at temperature 1; 0: none")
     parser.add_argument("--output", type=Path, default=ROOT / "output" / "real")
     parser.add_argument("--cpu", action="store_true")
@@ -249,28 +265,29 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--traces: no {folder!r}; name a folder where make_traces.py wrote `sifted`")
 
     cpu, output = ["--cpu"] * flags.cpu, flags.output
-    check_asked(output, {name: getattr(flags, name) for name in ("model", "cold", "samples", "steps")})
+    asked = {name: getattr(flags, name) for name in ("model", "cold", "samples", "steps")}
+    check_asked(output, asked | {"seed": str(flags.seed)})  # a text: 0 is asked for too
     data = {"test": write_questions([flags.dataset], output / "questions", flags.questions)}
     if flags.mgsm:
         data["mgsm"] = flags.mgsm
     watched = write_questions([flags.dataset], output / "watched", WATCHED)
-    head = ["model", "strict", "flexible", "format", "tokens", "cut off", "one sample", f"any of {flags.samples}"]
-    head += ["MGSM strict, flexible", "training"]
+    head = ["model", "strict", "flexible", "format", "tokens", "cut off", "won, lost"]
+    head += ["one sample", f"any of {flags.samples}", "MGSM strict, flexible", "training"]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for arm in flags.arms:
         set_constants(arm)
         name, before, change, _, _ = ARMS[arm]
         needs, questions = NEEDS.get(arm, {}), watched
         model = flags.cold if "cold" in needs else flags.model
-        start = row(name, measure(model, data, flags.samples, output / before, cpu), {})
+        start = row(name, measure(model, data, flags.samples, output / before, cpu), "", {})
         if start not in lines:  # two arms may begin with the same model
             lines.append(start)
         if "traces" in needs:
             questions = write_questions(sifted, output / f"{arm}-questions", WATCHED)
-        train(model, questions, output / arm, flags.steps, cpu)
+        train(model, questions, output / arm, flags.steps, ["--seed", str(flags.seed), *cpu])
         results = json.loads((output / arm / "results.json").read_text(encoding="utf-8"))
         after = measure(str(output / arm), data, flags.samples, output / f"after-{arm}", cpu)
-        lines.append(row(change, after, results))
+        lines.append(row(change, after, compare(output / before, output / f"after-{arm}"), results))
     table = "\n".join(lines)
     (output / "table.md").write_text(table + "\n", encoding="utf-8")
     draw({arm: output / arm for arm in flags.arms}, output / "rewards_real.png")

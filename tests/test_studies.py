@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import bench_step
 import fuzz_rewards
 import pytest
+import real_model
 import study_advantages
 import study_gguf
 import torch
@@ -32,6 +33,7 @@ def test_real_model(demo_base, tmp_path):
             lines = [json.dumps(to_row(row["prompt"][-1]["content"], row["answer"])) + "\n" for row in rows]
             (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
     command = ["studies/real_model.py", *base, "--cold", demo_base / "model", "--steps", 1, "--questions", 6]
+    command += ["--seed", 7]
     command += ["--arms", "cold", "sifted", "sifted-example", "example", "tutorial"]
     command += ["--traces", *(folder.parent for folder in sifted)]
     done = run_script(*command)
@@ -48,6 +50,9 @@ def test_real_model(demo_base, tmp_path):
     assert read["sifted-example"]["REWARD_WEIGHTS"][:4] == [0.0] * 4
     assert json.loads((tmp_path / "before-example/test/eval.json").read_text())["n"] == 6
     assert json.loads((tmp_path / "after-cold/test/eval.json").read_text())["samples"] == 4
+    assert json.loads((tmp_path / "cold/results.json").read_text())["seed"] == 7
+    compared = [" (p = " in row for row in rows[2:]]  # with the row of the model before it, which two arms may share
+    assert compared == [False, True, True, False, True, True, False, True]
     assert (tmp_path / "rewards_real.png").read_bytes().startswith(b"\x89PNG")
     again = run_script(*command)
     assert again.stdout == done.stdout[-len(again.stdout) :] and "step" not in again.stdout.split("| --- |")[0]
@@ -56,9 +61,21 @@ def test_real_model(demo_base, tmp_path):
         (["--traces", sifted[0].parent], "holds other questions"),
         (["--cold", tmp_path / "cold"], "was begun with cold"),
         (["--samples", 8], "was begun with samples 4"),
+        (["--seed", 0], "was begun with seed '7'"),
     ):
         line = error_line(run_script(*command, *flags, expect=2))
         assert words in line and "--output" in line
+
+
+def test_real_model_compares_by_question(tmp_path):
+    """Nine questions won and one lost, whatever else both have right or wrong: 2 * (1 + 10) / 2**10."""
+    for name, marks in (("before", "1" + "0" * 9 + "110"), ("after", "0" + "1" * 9 + "110")):
+        (tmp_path / name / "test").mkdir(parents=True)
+        lines = [json.dumps({"completion": "\u2028", "strict": mark == "1"}, ensure_ascii=False) for mark in marks]
+        (tmp_path / name / "test" / "eval.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    before, after = tmp_path / "before", tmp_path / "after"
+    assert real_model.compare(before, after) == "9, 1 (p = 0.021)"
+    assert real_model.compare(after, before) == "1, 9 (p = 0.021)" and "(p = 1)" in real_model.compare(after, after)
 
 
 def test_bench_step_on_a_small_card(monkeypatch, capsys):
