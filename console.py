@@ -1,5 +1,6 @@
 """How the program speaks: errors that a user can mend in one line, notes, and the start of every script."""
 
+import errno
 import math
 import os
 import sys
@@ -14,7 +15,8 @@ class UserError(Exception):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`; a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Run a script's `main`; a UserError becomes one line on stderr and exit code 2, as do a full GPU and a full disk;
+    Ctrl-C exit code 130."""
     for stream in (sys.stdout, sys.stderr):  # a completion may hold what this console cannot show
         stream.reconfigure(errors="replace")
     try:
@@ -27,6 +29,11 @@ def run(main: Callable[[], None]) -> None:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; this file knows no torch
             raise
         print("error: out of GPU memory; lower EVAL_BATCH in train_grpo.py, or pass --cpu", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {first_line(error)}; free some and run it again, a training with --resume", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(file=sys.stderr)  # the terminal shows ^C and stays in that line

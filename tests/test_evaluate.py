@@ -3,12 +3,14 @@
 import json
 import math
 import os
+import re
 import select
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -262,6 +264,16 @@ def test_memory_and_folder_are_this_machines(demo_base, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--output .*is a file"):
         evaluate_script.main([*flags, "--output", str(tmp_path / "file")])
     assert len(given) == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_full_disk(demo_base, tmp_path):
+    """Where the figures find no room the user reads one line that says so."""
+    (tmp_path / ".tmp-eval.json").symlink_to("/dev/full")  # what is written first, and renamed
+    flags = ["--dataset", demo_base / "data", "--limit", 2, "--output", tmp_path, "--cpu"]
+    done = run_script("evaluate.py", demo_base / "model", *flags, expect=2)
+    assert re.search(r"^error: .*No space left on device; free some", done.stderr, re.MULTILINE)
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("script", ["evaluate.py", "chat.py"])
