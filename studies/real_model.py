@@ -182,11 +182,7 @@ def train(model: str, dataset: str, folder: Path, steps: int, flags: list[str]) 
         return
     print(f"\n===== {folder.name}", flush=True)
     where = ["--model", model, "--dataset", dataset, "--output", str(folder), "--max-steps", str(steps)]
-    try:
-        train_grpo.main([*where, *flags, *["--resume"] * any(folder.glob("checkpoint-*"))])
-    except SystemExit:  # stopped by a signal, after a save
-        print("or with the command that began this study, as it was", flush=True)
-        raise
+    train_grpo.main([*where, *flags, *["--resume"] * any(folder.glob("checkpoint-*"))])
 
 
 def compare(before: Path, after: Path) -> str:
@@ -254,6 +250,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=SAMPLES, help="answers a question at temperature 1; 0: none")
     parser.add_argument("--output", type=Path, default=ROOT / "output" / "real")
     parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--resume", action="store_true", help="it does in any case; a stopped run says it")
     flags = parser.parse_args(argv)
     for arm in flags.arms:
         for flag, what in NEEDS.get(arm, {}).items():

@@ -54,7 +54,7 @@ def test_real_model(demo_base, tmp_path):
     compared = [" (p = " in row for row in rows[2:]]  # with the row of the model before it, which two arms may share
     assert compared == [False, True, True, False, True, True, False, True]
     assert (tmp_path / "rewards_real.png").read_bytes().startswith(b"\x89PNG")
-    again = run_script(*command)
+    again = run_script(*command, "--resume")  # as the last line of a stopped run says
     assert again.stdout == done.stdout[-len(again.stdout) :] and "step" not in again.stdout.split("| --- |")[0]
     for flags, words in (  # argparse takes the last one
         (["--questions", 5], "holds other questions"),
