@@ -81,7 +81,7 @@ MAX_PROMPT_TOKENS: int = 256  # longer training questions are dropped
 MAX_COMPLETION_TOKENS: int = 512  # at 256 more than half of this model's answers are cut off
 TEMPERATURE: float = 1.0  # 1 is on-policy: what is sampled is what is trained
 FAST_ROLLOUT: bool = True  # the decode loop of rollout.py; False: TRL's own generation, slower
-USE_VLLM: bool = False  # vLLM instead, on the same GPU: pip install vllm==0.30.0
+USE_VLLM: bool = False  # vLLM instead, on the same GPU; it is not in requirements.txt
 
 # LoRA
 USE_LORA: bool = False  # True trains an adapter only: no optimizer state for the whole model

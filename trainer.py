@@ -140,7 +140,7 @@ class CarefulTrainer(WholeCheckpoints, GRPOTrainer):
             input_ids, attention_mask: [rows, columns], prompts padded on the left, completions on the right.
             logits_to_keep: the last so many columns hold the completions.
             batch_size: rows at a time; all at once where not given.
-            others: images, an auxiliary loss; a call with any of them is left to TRL.
+            others: what this project never asks for (a router's loss); a call with any of it is left to TRL.
 
         Returns:
             Log-probabilities and (or None) entropies, [rows, logits_to_keep], 0 where masked; None.
@@ -188,7 +188,7 @@ class CarefulTrainer(WholeCheckpoints, GRPOTrainer):
     def _prepare_inputs(self, generation_batch):
         before = self._buffered_inputs
         inputs, parts = super()._prepare_inputs(generation_batch), self._buffered_inputs
-        if parts is before or not self._rows_are_independent() or "num_images" in inputs:
+        if parts is before or not self._rows_are_independent():
             return inputs
         # New completions, in micro batches: sort those that share an optimizer step, whatever the two settings are.
         # Rows that teach nothing come first, to be skipped together, then the longest: memory peaks at once.

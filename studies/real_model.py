@@ -140,17 +140,17 @@ def write_questions(datasets: list[str], folder: Path, count: int) -> str:
 def check_asked(output: Path, asked: dict) -> None:
     """Note what `output` is of. Raises UserError where it is of something else: its figures would be taken for these.
 
-    What an earlier command did not ask for, a cold start say, may come now.
+    What an earlier command did not ask for (None), a cold start say, may come now.
     """
     file = output / "asked.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     for name, value in before.items():
-        if value and asked[name] and value != asked[name]:
+        if None not in (value, asked[name]) and value != asked[name]:
             raise UserError(
                 f"{output} was begun with {name} {value!r}, not {asked[name]!r}; name another with --output"
             )
     output.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps({name: value or before.get(name) for name, value in asked.items()}) + "\n")
+    write_text(file, json.dumps(before | {name: value for name, value in asked.items() if value is not None}) + "\n")
 
 
 def set_constants(arm: str) -> None:
@@ -262,8 +262,8 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--traces: no {folder!r}; name a folder where make_traces.py wrote `sifted`")
 
     cpu, output = ["--cpu"] * flags.cpu, flags.output
-    asked = {name: getattr(flags, name) for name in ("model", "cold", "samples", "steps")}
-    check_asked(output, asked | {"seed": str(flags.seed)})  # a text: 0 is asked for too
+    asked = {name: getattr(flags, name) for name in ("model", "cold", "steps", "seed")}
+    check_asked(output, asked | {"samples": flags.samples or None})
     data = {"test": write_questions([flags.dataset], output / "questions", flags.questions)}
     if flags.mgsm:
         data["mgsm"] = flags.mgsm

@@ -61,7 +61,7 @@ def test_real_model(demo_base, tmp_path):
         (["--traces", sifted[0].parent], "holds other questions"),
         (["--cold", tmp_path / "cold"], "was begun with cold"),
         (["--samples", 8], "was begun with samples 4"),
-        (["--seed", 0], "was begun with seed '7'"),
+        (["--seed", 0], "was begun with seed 7"),
     ):
         line = error_line(run_script(*command, *flags, expect=2))
         assert words in line and "--output" in line

@@ -241,13 +241,13 @@ def test_sorting_stays_within_a_step(tmp_path, monkeypatch):
         assert_same_gradients(train(CarefulTrainer, tmp_path, steps_per_generation=8), stock)
 
 
-def test_images_are_left_to_trl(tmp_path, monkeypatch):
-    """A pass with images, whose rows and columns mean other things, goes to TRL as it came."""
+def test_other_passes_are_left_to_trl(tmp_path, monkeypatch):
+    """A pass that asks for more than log-probabilities and entropies goes to TRL as it came."""
     trainer = train(CarefulTrainer, tmp_path, max_steps=1)
     monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", lambda self, *args, **kwargs: (args, kwargs))
     ids = torch.ones(2, 5, dtype=torch.long)
-    args, kwargs = trainer._get_per_token_logps_and_entropies(None, ids, ids, 3, pixel_values=ids, image_sizes=None)
-    assert args[:4] == (None, ids, ids, 3) and kwargs == {"pixel_values": ids, "image_sizes": None}
+    args, kwargs = trainer._get_per_token_logps_and_entropies(None, ids, ids, 3, compute_aux_loss=True, num_images=None)
+    assert args[:4] == (None, ids, ids, 3) and kwargs == {"compute_aux_loss": True, "num_images": None}
 
 
 TWO_RANKS = """
