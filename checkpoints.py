@@ -286,6 +286,8 @@ def save_trained(trainer: Trainer, output: Path, max_tokens: int) -> None:
             trainer.model.merge_and_unload().save_pretrained(temporary)
             trainer.processing_class.save_pretrained(temporary)
         (temporary / "Modelfile").write_text(modelfile(trainer.processing_class, max_tokens), encoding="utf-8")
+        for weights in temporary.rglob("*.safetensors"):  # come out readable by nobody else (safetensors issue #782)
+            shutil.copymode(temporary / "Modelfile", weights)
         for path in temporary.iterdir():
             _sync(path)
             if path.is_dir():  # no folder replaces another

@@ -88,12 +88,15 @@ def test_two_steps_as_a_user(demo_output, demo_base):
 
 
 def test_lora(demo_output, demo_base):
-    """The adapter lies beside a merged model at the root, which is base plus adapter; all three evaluate alike."""
+    """The adapter lies beside a merged model at the root, which is base plus adapter; all three evaluate alike. Whoever
+    may read the configuration, a server under another account say, may read the weights."""
     run_script(*with_constants(USE_LORA=True), "--demo", "--cpu", "--max-steps", 2, "--output", demo_output)
     before, merged = load_file(demo_base / "model" / "model.safetensors"), load_file(demo_output / "model.safetensors")
     moved = {name.split(".")[-2] for name in before if not torch.equal(before[name], merged[name])}
     assert moved == set(train_grpo.LORA_MODULES)
     assert json.loads((demo_output / "adapter" / "adapter_config.json").read_text())["r"] == train_grpo.LORA_RANK
+    paths = ("config.json", "model.safetensors", "adapter/adapter_model.safetensors")
+    assert len({(demo_output / path).stat().st_mode for path in paths}) == 1
     model, _ = models.load_model(str(demo_output / "adapter"))
     state = model.state_dict()
     for name, tensor in merged.items():
