@@ -286,8 +286,7 @@ def save_trained(trainer: Trainer, output: Path, max_tokens: int) -> None:
             trainer.model.merge_and_unload().save_pretrained(temporary)
             trainer.processing_class.save_pretrained(temporary)
         (temporary / "Modelfile").write_text(modelfile(trainer.processing_class, max_tokens), encoding="utf-8")
-        for weights in temporary.rglob("*.safetensors"):  # come out readable by nobody else (safetensors issue #782)
-            shutil.copymode(temporary / "Modelfile", weights)
+        open_weights(temporary, temporary / "Modelfile")
         for path in temporary.iterdir():
             _sync(path)
             if path.is_dir():  # no folder replaces another
@@ -299,6 +298,12 @@ def save_trained(trainer: Trainer, output: Path, max_tokens: int) -> None:
         raise UserError(
             f"the trained model could not be saved ({first_line(error)}); mend that and --resume"
         ) from error
+
+
+def open_weights(folder: Path, like: Path) -> None:
+    """Let those read the weights in `folder` who may read `like`; safetensors (issue #782) lets the owner alone."""
+    for weights in folder.rglob("*.safetensors"):
+        shutil.copymode(like, weights)
 
 
 def attempt(work: Callable[..., None], *args) -> str | None:

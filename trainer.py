@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from trl import GRPOTrainer, SFTTrainer
 
-from checkpoints import attempt, checkpoint_bytes, list_checkpoints, publish, rotate
+from checkpoints import attempt, checkpoint_bytes, list_checkpoints, open_weights, publish, rotate
 from console import UserError
 
 CPU_TILE = 2048  # columns of logits that TRL's LM head computes at a time on a CPU, so that a tile stays in its caches
@@ -90,6 +90,7 @@ class WholeCheckpoints:
         self._save_rng_state(str(folder))
         if self.args.should_save:
             self.state.save_to_json(str(folder / "trainer_state.json"))
+            open_weights(folder, folder / "trainer_state.json")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         check_fits(Path(resume_from_checkpoint), self.model)

@@ -95,7 +95,8 @@ def test_lora(demo_output, demo_base):
     moved = {name.split(".")[-2] for name in before if not torch.equal(before[name], merged[name])}
     assert moved == set(train_grpo.LORA_MODULES)
     assert json.loads((demo_output / "adapter" / "adapter_config.json").read_text())["r"] == train_grpo.LORA_RANK
-    paths = ("config.json", "model.safetensors", "adapter/adapter_model.safetensors")
+    paths = ["config.json", "model.safetensors", "adapter/adapter_model.safetensors"]
+    paths += ["checkpoint-2/trainer_state.json", "checkpoint-2/adapter_model.safetensors"]
     assert len({(demo_output / path).stat().st_mode for path in paths}) == 1
     model, _ = models.load_model(str(demo_output / "adapter"))
     state = model.state_dict()
