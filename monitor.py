@@ -125,13 +125,13 @@ def thinking_shrinks(history: History) -> str | None:
 def guesses_instead(history: History) -> str | None:
     """Within SUDDEN steps the format is learned and the thinking halves. Seen on a real model that reasoned outside the
     format; the means over WINDOW steps never show it, since the first of them is already low."""
-    rows = [row for row in history if {"length/thinking", "format/soft_format"} <= row.keys()][-SUDDEN:]
+    tags = ("format/soft_format", "format/hard_format")  # a completion earns one of the tutorial's two, not both
+    rows = [row for row in history if "length/thinking" in row and any(tag in row for tag in tags)][-SUDDEN:]
     if len(rows) < SUDDEN:
         return None
-    form, length = (
-        [fmean(row[tag] for row in part) for part in (rows[:2], rows[-2:])]
-        for tag in ("format/soft_format", "length/thinking")
-    )
+    parts = (rows[:2], rows[-2:])
+    form = [fmean(max(row.get(tag, 0) for tag in tags) for row in part) for part in parts]
+    length = [fmean(row["length/thinking"] for row in part) for part in parts]
     if form[1] < form[0] + FORMAT_JUMP or length[1] >= SHORTER_THINKING * length[0]:
         return None
     return (

@@ -127,6 +127,18 @@ def test_alarms_on_a_real_model_that_gives_up_reasoning():
     assert rung == {monitor.guesses_instead: [6], monitor.thinking_shrinks: [23, 24, 25]}
 
 
+def test_alarms_on_the_tutorials_rewards():
+    """As recorded: its soft format wants what its hard one forbids, and this run learned the hard one."""
+    hard = "0 0 0 0 0 3 6 9 47 75 88 94 100 100 97 16 78 94"
+    length = "143 163 134 113 81 81 29 76 40 37 33 7 2 4 3 0 2 2"
+    history = made(
+        format__soft_format=[0.0] * 18,
+        format__hard_format=[int(share) / 100 for share in hard.split()],
+        length__thinking=list(map(int, length.split())),
+    )
+    assert [step for step in range(19) if monitor.guesses_instead(history[:step])] == [12, 13]
+
+
 def test_a_healthy_run_raises_no_alarm():
     curves = {tag: [unit * int(number) for number in numbers.split()] for tag, (unit, numbers) in HEALTHY.items()}
     history = made(**curves, format__soft_format=curves["format/all"])
