@@ -103,8 +103,14 @@ def answer(
     # alike lengths share a batch: less padding; the longest first, so that what the first batch allocates is enough
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     completion_ids: list[list[int]] = [[] for _ in ids]
-    quiet = {"disable": title is None, "leave": False, "mininterval": 5}  # seconds: a log file is not flooded
-    with tqdm(total=len(ids), desc=title, unit=" answers", **quiet) as bar:
+    with tqdm(
+        total=len(ids),
+        desc=title,
+        unit=" answers",
+        mininterval=5,  # seconds; a log file is not flooded
+        disable=title is None,
+        leave=False,
+    ) as bar:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             made = sampler.generate([ids[i] for i in batch], max_new_tokens, temperature, on_finished=bar.update)
