@@ -4,7 +4,8 @@ The rejection sampling of DeepSeek-R1 (arXiv 2501.12948, stage 3): several answe
 label are rewritten into the two blocks of the format, and mixed languages, long paragraphs and code blocks fall.
 
     python make_traces.py --model output       # what train_grpo.py saved: the data of R1's second fine-tuning
-    python make_traces.py --free               # a cold start: asked for a \boxed{}, it reasons as it always has
+    python make_traces.py --example            # a cold start: asked behind WORKED_EXAMPLE of prompts.py (few-shot)
+    python make_traces.py --free               # another: asked for a \boxed{}, it reasons as it always has
     python make_traces.py --free --model deepseek-ai/DeepSeek-R1-Distill-Qwen-7B    # distillation, on a card of 24 GB
     python make_traces.py --demo               # the demo's model and problems, any machine
 
@@ -12,9 +13,9 @@ label are rewritten into the two blocks of the format, and mixed languages, long
 holds a line for every question: its label, all samples and why each fell, how many were right, the traces kept.
 `sifted` is a data set of those that are right now and then, `train_grpo.py --dataset output/traces/sifted`: their
 groups have spread. The same command goes on where it was stopped, with a higher --limit to more questions; with
-another filter it judges anew what was sampled, without a model. A trained model is asked under its own prompt, and its
-traces are written under that of prompts.py: so what it learned behind an EXAMPLE can be taught to one that is asked
-without.
+another filter it judges anew what was sampled, without a model. A trained model is asked under its own prompt; the
+traces are written under that of prompts.py however they were asked for: so what a model can do behind an example can
+be taught to one that is asked without.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from typing import TYPE_CHECKING
 import pretraining
 import train_grpo
 from console import UserError, check_ranges, check_types, constants_of, first_line, note, run
-from prompts import load_questions, prompt_of, to_conversation, to_row
+from prompts import WORKED_EXAMPLE, load_questions, prompt_of, to_conversation, to_row
 from rewards import (
     chinese_share,
     correctness_reward,
@@ -252,15 +253,16 @@ def load_sampler(name: str, cpu: bool, bf16: bool) -> tuple["Sampler | PlainSamp
     return make_sampler(model.to(device).eval(), tokenizer), tokenizer
 
 
-def ask(question: str, free: bool, trained: dict) -> list[dict]:
+def ask(question: str, trained: dict, free: bool = False, example: bool = False) -> list[dict]:
     """What the model is asked: as it was trained, prompts.py where that is not known; or freely, without more.
 
     Args:
         trained: its recipe.json; {} where there is none.
+        example: behind WORKED_EXAMPLE, whatever it was trained behind.
     """
     if free:
         return [{"role": "user", "content": f"{question}\n{FREE_PROMPT}"}]
-    return to_conversation(question, **prompt_of(trained))
+    return to_conversation(question, **prompt_of(trained) | ({"example": WORKED_EXAMPLE} if example else {}))
 
 
 def sample(
@@ -287,7 +289,9 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--skip", type=int, help="leave out the first so many questions, which were learned say")
     parser.add_argument("--limit", type=int, help="then ask so many only")
     parser.add_argument("--seed", type=int, help=f"of the sampling (default: {train_grpo.SEED})")
-    parser.add_argument("--free", action="store_true", help="ask for a \\boxed{} instead of the format")
+    asked = parser.add_mutually_exclusive_group()
+    asked.add_argument("--free", action="store_true", help="ask for a \\boxed{} instead of the format")
+    asked.add_argument("--example", action="store_true", help="ask behind WORKED_EXAMPLE of prompts.py")
     parser.add_argument("--demo", action="store_true", help="the demo's model and problems, any machine")
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU")
     flags = parser.parse_args(argv)
@@ -318,8 +322,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # as the model was trained, if it was here; and no trace may be longer than what its student may write
     trained = vars(recipe) | find_beside(recipe.MODEL, "recipe/recipe.json")
-    prompt = ask("", flags.free, trained)
-    if not flags.free and prompt != to_conversation(""):
+    how = {"free": flags.free, "example": flags.example}
+    prompt = ask("", trained, **how)
+    if not (flags.free or flags.example) and prompt != to_conversation(""):
         note("the model is asked under the prompt that it was trained under; its traces get that of prompts.py")
     tokens, dataset = trained["MAX_COMPLETION_TOKENS"], recipe.DATASET
     if not (flags.dataset or flags.demo):
@@ -352,7 +357,7 @@ def main(argv: list[str] | None = None) -> None:
         # of seed and place: a batch comes out the same, whether all before it were drawn in this run or not
         torch.manual_seed(random.Random(f"{recipe.SEED} {len(rows)}").getrandbits(32))
         try:
-            drawn = sample(sampler, tokenizer, [ask(question, flags.free, trained) for question, _ in batch], tokens)
+            drawn = sample(sampler, tokenizer, [ask(question, trained, **how) for question, _ in batch], tokens)
         except torch.OutOfMemoryError as error:
             raise UserError("out of GPU memory; lower QUESTIONS, and the same command goes on") from error
         new = [judge(question, label, samples) for (question, label), samples in zip(batch, drawn, strict=True)]
@@ -376,7 +381,7 @@ def main(argv: list[str] | None = None) -> None:
         traces_file.unlink(missing_ok=True)  # of other filters
         raise UserError(
             f"none of {len(rows) * SAMPLES} samples became a trace: {pass_rate(rows):.1%} right; fell: {why}; ask "
-            f"{'without' if flags.free else 'with'} --free, pass a better --model, or loosen the filter in question"
+            "another way (--example, --free), pass a better --model, or loosen the filter in question"
         )
     write(traces_file, traces)
     sifted = write_sifted(output / "sifted", rows, dataset)

@@ -78,7 +78,7 @@ PROMPTS = {
         "ours, a long example as a turn before",
         lambda question: to_conversation(question, example=[WORKED_EXAMPLE[0], {"role": "assistant", "content": LONG}]),
     ),
-    "free": ("no format: `make_traces.py --free`", lambda question: ask(question, free=True, trained={})),
+    "free": ("no format: `make_traces.py --free`", lambda question: ask(question, {}, free=True)),
 }
 
 

@@ -226,7 +226,7 @@ def test_nothing_kept(demo_output):
     """A model that is never right ends in one line with the pass rate and the reasons; no trace file is left."""
     done = run_script("make_traces.py", "--demo", "--cpu", "--limit", 4, "--output", demo_output, expect=2)
     line = error_line(done)
-    assert "none of 32 samples" in line and "0.0% right" in line and "wrong" in line and "--free" in line
+    assert "none of 32 samples" in line and "0.0% right" in line and "wrong" in line and "--example" in line
     assert not (demo_output / "traces.jsonl").exists() and (demo_output / "questions.jsonl").exists()
 
 
@@ -348,10 +348,19 @@ def test_a_trained_model_is_asked_as_it_was_trained(tmp_path, monkeypatch, capsy
         output = tmp_path / f"out{len(example)}"
         flags = ["--model", str(tmp_path / "model"), "--dataset", str(tmp_path / "data"), "--output", str(output)]
         make_traces.main([*flags, "--cpu"])
-        assert "按格式" in asked[-1] and ("小明有3盒铅笔" in asked[-1]) == bool(example)
+        assert "按格式" in asked[-1] and (WORKED_EXAMPLE[0]["content"] in asked[-1]) == bool(example)
         assert "its traces get that of prompts.py" in capsys.readouterr().out
         (line,) = map(json.loads, (output / "traces.jsonl").read_text(encoding="utf-8").splitlines())
         assert line["prompt"] == to_conversation(QUESTION)
+    make_traces.main([*flags[:-1], str(tmp_path / "shown"), "--example", "--cpu"])
+    assert "按格式" in asked[-1] and WORKED_EXAMPLE[0]["content"] in asked[-1]
+    recipe["EXAMPLE"] = []  # --example shows it to one that was trained without, and that is another way of asking
+    (tmp_path / "model/recipe/recipe.json").write_text(json.dumps(recipe))
+    make_traces.main([*flags[:-1], str(tmp_path / "shown"), "--example", "--cpu"])
+    with pytest.raises(UserError, match="name another --output"):
+        make_traces.main([*flags[:-1], str(tmp_path / "shown"), "--cpu"])
+    (line,) = map(json.loads, (tmp_path / "shown/traces.jsonl").read_text(encoding="utf-8").splitlines())
+    assert line["prompt"] == to_conversation(QUESTION) and len(asked) == 3 * make_traces.SAMPLES
 
 
 def test_sifted(tmp_path, monkeypatch):
