@@ -34,17 +34,23 @@ OPEN_SYSTEM_PROMPT = """\
 只写给提问者的完整回答
 </answer>"""
 
-# One question answered in the format, at the length at which to think.
+# One question answered in the format, a fact and its computation a line: the model takes to its way and its length.
 WORKED_EXAMPLE = [
-    {"role": "user", "content": "小明有3盒铅笔，每盒12支，又买了5支，一共有多少支？"},
+    {
+        "role": "user",
+        "content": "小明有3盒铅笔，每盒12支。他送给同学8支，又买了剩下支数的一半。他现在有多少支铅笔？",
+    },
     {
         "role": "assistant",
         "content": """\
 <think>
-3盒铅笔有3*12=36支，又买了5支，一共有36+5=41支。
+3盒铅笔一共有：3*12=36支。
+送给同学8支后剩下：36-8=28支。
+又买的支数是剩下的一半：28/2=14支。
+所以他现在有：28+14=42支。
 </think>
 <answer>
-41
+42
 </answer>""",
     },
 ]

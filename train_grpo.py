@@ -77,7 +77,7 @@ REWARD_MODEL: str = ""  # hub id or folder of a model that scores answers, to ju
 PREFERENCE_WEIGHT: float = 6.0  # of the rank in its group, from 0 to 1: the best earns what a right answer does
 
 # Completions
-MAX_PROMPT_TOKENS: int = 256  # longer training questions are dropped
+MAX_PROMPT_TOKENS: int = 384  # longer training questions are dropped; the longest has 262, behind WORKED_EXAMPLE 386
 MAX_COMPLETION_TOKENS: int = 512  # at 256 more than half of this model's answers are cut off
 TEMPERATURE: float = 1.0  # 1 is on-policy: what is sampled is what is trained
 FAST_ROLLOUT: bool = True  # the decode loop of rollout.py; False: TRL's own generation, slower

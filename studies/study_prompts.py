@@ -1,6 +1,6 @@
 """What does a prompt do to a model that was not trained on it? Format, accuracy and length under several.
 
-    python studies/study_prompts.py MODEL DATA               # seven prompts x 150 training questions, greedy
+    python studies/study_prompts.py MODEL DATA               # eight prompts x 150 training questions, greedy
     python studies/study_prompts.py MODEL DATA --questions 8 --prompts ours tutorial    # a try
 
 MODEL and DATA are what `train_grpo.py --model --dataset` takes. The questions are of the training split, always the
@@ -35,7 +35,14 @@ if TYPE_CHECKING:
 
 QUESTIONS = 150
 
-ASKED, SHORT = (turn["content"] for turn in WORKED_EXAMPLE)
+ASKED = "小明有3盒铅笔，每盒12支，又买了5支，一共有多少支？"
+SHORT = """\
+<think>
+3盒铅笔有3*12=36支，又买了5支，一共有36+5=41支。
+</think>
+<answer>
+41
+</answer>"""
 # The same, thought through at the length at which the model thinks by itself.
 LONG = """\
 <think>
@@ -58,6 +65,12 @@ LONG = """\
 </answer>"""
 
 
+def behind(question: str, answer: str) -> list[dict]:
+    """Our prompt, behind ASKED and an answer to it."""
+    turns = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": answer}]
+    return to_conversation(question, example=turns)
+
+
 # name -> how the table calls it, and the messages for a question
 PROMPTS = {
     "ours": ("ours (`SYSTEM_PROMPT`)", lambda question: to_conversation(question, example=[])),
@@ -70,13 +83,11 @@ PROMPTS = {
         "ours, behind the question",
         lambda question: [{"role": "user", "content": f"{question}\n\n{SYSTEM_PROMPT}"}],
     ),
-    "turn": (
-        "ours, a short example as a turn before (`WORKED_EXAMPLE`)",
+    "turn": ("ours, a short example as a turn before", lambda question: behind(question, SHORT)),
+    "long-turn": ("ours, a long example as a turn before", lambda question: behind(question, LONG)),
+    "lines-turn": (
+        "ours, an example in lines as a turn before (`WORKED_EXAMPLE`)",
         lambda question: to_conversation(question, example=WORKED_EXAMPLE),
-    ),
-    "long-turn": (
-        "ours, a long example as a turn before",
-        lambda question: to_conversation(question, example=[WORKED_EXAMPLE[0], {"role": "assistant", "content": LONG}]),
     ),
     "free": ("no format: `make_traces.py --free`", lambda question: ask(question, {}, free=True)),
 }

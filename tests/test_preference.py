@@ -321,7 +321,7 @@ def with_few_positions(folder: Path) -> None:
         (without_head, "1 are missing or of another shape, such as score.weight"),
         (with_two_classes, "sorts into 2 classes, a reward model gives one score"),
         (without_template, "no chat template"),
-        (with_few_positions, "at most 512 tokens.*MAX_PROMPT_TOKENS 256 . MAX_COMPLETION_TOKENS 512"),
+        (with_few_positions, "at most 512 tokens.*MAX_PROMPT_TOKENS 384 . MAX_COMPLETION_TOKENS 512"),
     ],
 )
 def test_faulty_reward_model(fault, words, judge, tmp_path):

@@ -55,7 +55,7 @@ def test_example(tmp_path, monkeypatch):
     *_, unlabelled = load_questions(str(tmp_path), "train", unlabelled=True)["prompt"]
     assert [turn["content"] for turn in unlabelled] == [OPEN_SYSTEM_PROMPT, "为什么？"]
     asked, answered = WORKED_EXAMPLE
-    row = {"prompts": [[asked]], "completions": [[answered]], "answer": [3 * 12 + 5]}
+    row = {"prompts": [[asked]], "completions": [[answered]], "answer": [42]}
     assert [reward(**row)[0] for reward in REWARDS] == list(REWARD_MAXIMA)
 
 

@@ -143,7 +143,7 @@ def test_real_questions_and_tokenizer(tmp_path):
         *with_constants(**small), "--cpu", "--max-steps", 2, "--output", tmp_path / "run",
         "--model", tmp_path / "model", "--dataset", tmp_path / "data",
     )  # fmt: skip
-    assert "200 training questions (0 longer than 256 tokens dropped), 6 test questions" in done.stdout
+    assert "200 training questions (0 longer than 384 tokens dropped), 6 test questions" in done.stdout
     results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
     assert results["steps"] == 2 and results["after"]["n"] == 6
     sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text(encoding="utf-8").splitlines()[0])
