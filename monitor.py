@@ -137,7 +137,7 @@ def guesses_instead(history: History) -> str | None:
     return (
         f"within {SUDDEN} steps the format rose from {form[0]:.0%} to {form[1]:.0%} and thinking fell from "
         f"{length[0]:.0f} to {length[1]:.0f} characters: it learns to guess in the format. Stop, and begin with a cold "
-        "start (make_traces.py --free, train_sft.py), which brings the model's own reasoning into the format"
+        "start (make_traces.py --example, train_sft.py), which brings the model's own reasoning into the format"
     )
 
 
