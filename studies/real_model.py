@@ -33,10 +33,10 @@ from draw_curves import draw_curve, read_history
 
 ROOT = Path(__file__).parent.parent
 
-RECIPE = {  # a step takes two cores about three minutes
+RECIPE = {  # a step takes one core one to two minutes
     "QUESTIONS_PER_STEP": 4,
     "COMPLETIONS_PER_QUESTION": 8,
-    "MICRO_BATCH": 8,
+    "MICRO_BATCH": 2,  # 9 GB of memory; 8 takes 16 to 20
     "GRADIENT_CHECKPOINTING": False,
     "MAX_COMPLETION_TOKENS": 320,
     "USE_LORA": True,
@@ -222,7 +222,7 @@ def draw(folders: dict[str, Path], picture: Path) -> None:
     drawing = Figure(figsize=(10, 4.2), dpi=100, layout="constrained")
     panels = {
         "correctness/correct": "right answers, of the sampled",
-        "format/soft_format": "in the format, of the sampled",
+        "format/hard_format": "in the format, of the sampled",  # the tutorial's soft one wants one line a block
         "length/thinking": "characters of thinking",
     }
     for axes, (tag, title) in zip(drawing.subplots(1, 3), panels.items(), strict=True):
