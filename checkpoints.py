@@ -361,7 +361,7 @@ class StopSignals(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        self.signal = 0
+        self.signal, self.trainer = 0, trainer
         trainer.add_callback(self)
 
     def __enter__(self) -> StopSignals:
@@ -395,4 +395,15 @@ class StopSignals(TrainerCallback):
                 f"continue {saved[-1].name} with\n    {launcher} {shlex.join(words)} --resume" if saved else "not saved"
             )
             print(f"stopped by {signal.Signals(self.signal).name}; {how}", flush=True)
+        end_together(self.trainer)
         sys.exit(128 + self.signal)
+
+
+def end_together(trainer: Trainer) -> None:
+    """The processes of a run wait for the main one, and leave their group in order.
+
+    One that ended at once could do so while a thread of gloo still holds tensors of its last gather; freeing them then
+    aborts the process, and the launcher kills the others.
+    """
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.state.destroy_process_group()

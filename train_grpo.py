@@ -409,7 +409,7 @@ def carry_out(monitor: "Watch", results: dict, checkpoint: Path | None, out_of_m
     finally:
         if main_process and monitor.history:
             checkpoints.attempt(draw_curves, {output.name: monitor.history}, output / "curves.png")
-    trainer.accelerator.state.destroy_process_group()  # left to the interpreter's end, its threads can abort there
+    checkpoints.end_together(trainer)
 
 
 if __name__ == "__main__":

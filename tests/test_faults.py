@@ -49,7 +49,10 @@ if "--fixed" in sys.argv:
             logs["rewards"] = {name: list(values) for name, values in self._logs["rewards"].items()}
             (folder / "logs.json").write_text(json.dumps(logs))
     trainer.CarefulTrainer._write = record
-train_grpo.run(train_grpo.main)
+try:
+    train_grpo.run(train_grpo.main)
+finally:
+    print(f"rank {os.environ.get('RANK', 0)} ends", flush=True)
 """
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 
@@ -242,7 +245,10 @@ def test_kill_9_then_sigterm_then_the_end(start, demo_output, driver):
 
 
 def test_two_processes_train_like_one(start, demo_output, driver, tmp_path):
-    """torchrun with two processes: the same steps, completions, rewards, advantages and, but for rounding, weights."""
+    """torchrun with two processes: the same steps, completions, rewards, advantages and, but for rounding, weights.
+
+    The second one stays until the first is done: gone earlier, it could abort (`end_together`).
+    """
     one = Path(shutil.copytree(demo_output, tmp_path / "one"))
     run = start([*TORCHRUN, driver], demo_output, "--max-steps", 2, "--fixed")
     assert run.wait(300) == 0, (demo_output / "log").read_text()
@@ -250,6 +256,7 @@ def test_two_processes_train_like_one(start, demo_output, driver, tmp_path):
     assert alone.wait(300) == 0, (one / "log").read_text()
     said = (demo_output / "log").read_text()
     assert "device     2 x CPU" in said and said.count("step 2/2") == 1 and said.count("before  ") == 1
+    assert said.index("rank 1 ends") > said.index("after  ")
     for step in (1, 2):
         theirs, its = (
             json.loads((folder / f"checkpoint-{step}" / "logs.json").read_text()) for folder in (demo_output, one)
@@ -282,3 +289,22 @@ def test_one_of_two_processes_dies(start, demo_output, driver):
     assert again.wait(60) != 0 and time.monotonic() - begun < 60
     said = (demo_output / "log").read_text()
     assert said.count("error: ") == 1 and "already holds a run" in said
+
+
+def test_two_processes_are_stopped_and_go_on(start, demo_output, driver):
+    """SIGTERM for the launcher: both finish the step, the main one saves and says how to go on, and they go on."""
+    run = start([*TORCHRUN, driver], demo_output, "--max-steps", 50)
+    wait_for(demo_output / "checkpoint-1", run)
+    run.terminate()
+    assert run.wait(60) != 0
+    said = (demo_output / "log").read_text()
+    assert (
+        said.count("stopped by SIGTERM") == 1
+        and "(the same launcher)" in said
+        and "Traceback" not in said.split("stopped by")[0]
+    )
+    assert said.index("rank 1 ends") > said.index("stopped by SIGTERM") and "SIGABRT" not in said
+    last = max(int(path.name.removeprefix("checkpoint-")) for path in demo_output.glob("checkpoint-*"))
+    again = start([*TORCHRUN, driver], demo_output, "--max-steps", last + 1, "--resume")
+    assert again.wait(300) == 0, (demo_output / "log").read_text()
+    assert json.loads((demo_output / "results.json").read_text())["steps"] == last + 1
