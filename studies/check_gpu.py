@@ -34,7 +34,7 @@ import train_grpo
 def mark_reward(completions, **kwargs):  # random weights earn nothing, and what is rewarded alike is not trained on
     return [zlib.crc32(completion[0]["content"].encode()) % 97 / 97 for completion in completions]
 
-train_grpo.REWARDS[0] = mark_reward
+train_grpo.REWARDS[0], train_grpo.REWARD_WEIGHTS = mark_reward, [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
 train_grpo.SAVE_LIMIT = 1
 train_grpo.run(train_grpo.main)
 """

@@ -7,6 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import bench_step
+import check_gpu
 import fuzz_rewards
 import pytest
 import real_model
@@ -15,6 +16,7 @@ import study_gguf
 import torch
 from conftest import error_line, run_script
 
+import train_grpo
 from console import UserError
 from prompts import load_questions, to_row
 
@@ -95,6 +97,21 @@ def test_check_gpu_makes_its_own_model():
     """The flags that the README names for train_grpo.py are refused: its ten steps would land in a run's folder."""
     for flags in (["--model", "output/sft"], ["--output=output/grpo"]):
         assert flags[0].split("=")[0] in error_line(run_script("studies/check_gpu.py", *flags, expect=2))
+
+
+def test_check_gpu_trains_on_every_completion(monkeypatch):
+    """What is rewarded alike is skipped, and then nothing is measured: where right answers alone are paid, too."""
+    rewards, weights = list(train_grpo.REWARDS), [0.0, 0.0, 0.0, 0.0, 1.0, 0.0]
+    for name, value in {
+        "REWARDS": rewards,
+        "REWARD_WEIGHTS": weights,
+        "SAVE_LIMIT": 3,
+        "run": lambda main: None,
+    }.items():
+        monkeypatch.setattr(train_grpo, name, value)
+    exec(check_gpu.START, {})
+    texts = [[{"role": "assistant", "content": f"{i} 公里"}] for i in range(8)]
+    assert len(set(rewards[0](texts))) == 8 and train_grpo.default_recipe()["REWARD_WEIGHTS"][0] > 0
 
 
 def test_study_prompts(demo_base, tmp_path):
