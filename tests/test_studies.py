@@ -1,5 +1,6 @@
 """The studies whose runs take hours work in their shortest form."""
 
+import copy
 import json
 import re
 import shutil
@@ -18,6 +19,7 @@ from conftest import error_line, run_script
 
 import train_grpo
 from console import UserError
+from models import find_beside, load_model
 from prompts import load_questions, to_row
 
 
@@ -222,3 +224,30 @@ def test_study_gguf(demo_base, tmp_path, monkeypatch, capsys):
     (ids,) = encode(tokenizer, [to_conversation("5分钟多少秒")])
     prompt, _ = study_gguf.read_modelfile(modelfile(tokenizer, 40))
     assert tokenizer(prompt.replace("{{ $question }}", "5分钟多少秒"), add_special_tokens=False)["input_ids"] == ids
+
+
+def test_average_models(demo_base, tmp_path):
+    """The mean of three is their mean, tied weights too, and answers as the first was asked; nothing is overwritten."""
+    model, tokenizer = load_model(str(demo_base / "model"))
+    for i, factor in enumerate((1, 2, 6)):
+        scaled = copy.deepcopy(model)
+        with torch.no_grad():
+            for weight in scaled.parameters():
+                weight.mul_(factor)
+        for part in (scaled, tokenizer):
+            part.save_pretrained(tmp_path / str(i))
+    (tmp_path / "0" / "recipe").mkdir()
+    (tmp_path / "0" / "recipe" / "recipe.json").write_text('{"SYSTEM_PROMPT": "as the first"}')
+    command = ["studies/average_models.py", *(tmp_path / str(i) for i in range(3)), "--output", tmp_path / "mean"]
+    run_script(*command)
+    mean, _ = load_model(str(tmp_path / "mean"))
+    for ours, its in zip(mean.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, its * 3)
+    assert find_beside(str(tmp_path / "mean"), "recipe/recipe.json") == {"SYSTEM_PROMPT": "as the first"}
+    assert "in use" in error_line(run_script(*command, expect=2))
+    smaller = type(model)(copy.deepcopy(model.config).__class__(**(model.config.to_dict() | {"intermediate_size": 8})))
+    for part in (smaller, tokenizer):
+        part.save_pretrained(tmp_path / "smaller")
+    line = error_line(run_script(command[0], command[1], tmp_path / "smaller", "--output", tmp_path / "no", expect=2))
+    assert "another architecture" in line and not (tmp_path / "no").exists()
+    assert "alone" in error_line(run_script(command[0], command[1], "--output", tmp_path / "no", expect=2))
