@@ -18,12 +18,12 @@ from console import UserError, refuse_missing_folder, run
 from models import find_beside, load_model
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     """Write the mean model. Raises UserError for an output in use, or models whose weights differ in name or shape."""
     parser = argparse.ArgumentParser(description="the mean of the weights of several trained models")
     parser.add_argument("models", nargs="+", help="two or more: saved models, checkpoints or adapters")
     parser.add_argument("--output", required=True, help="a new folder")
-    flags = parser.parse_args(argv)
+    flags = parser.parse_args()
     output = Path(flags.output)
     if len(flags.models) < 2:
         raise UserError(f"{flags.models[0]!r} alone has no mean; name two models or more")
