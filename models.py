@@ -211,9 +211,11 @@ def drop_long(questions: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int
     """
     kept = questions.filter(lambda prompt: len(encode(tokenizer, [prompt])[0]) <= limit, input_columns="prompt")
     if len(kept) < at_least:
+        dropped = len(questions) - len(kept)
         raise UserError(
-            f"{len(kept)} of {len(questions)} training questions have at most MAX_PROMPT_TOKENS {limit} tokens, fewer "
-            f"than QUESTIONS_PER_STEP {at_least}; change one of these constants, or pass a larger --dataset"
+            f"{len(kept)} training questions are fewer than QUESTIONS_PER_STEP {at_least} ({dropped} longer than "
+            f"MAX_PROMPT_TOKENS {limit} were dropped); change these in train_grpo.py, or pass a larger --dataset "
+            "(for a larger `sifted` the same make_traces.py with a higher --limit)"
         )
     return kept
 
