@@ -10,8 +10,8 @@ import os
 import sys
 
 import train_grpo
-from console import run
-from prompts import check_prompt, prompt_of, to_conversation
+from engine.console import run
+from engine.questions import check_prompt, prompt_of, to_conversation
 
 
 def main() -> None:
@@ -28,8 +28,8 @@ def main() -> None:
     import torch
     from transformers import TextStreamer
 
-    from models import encode, find_beside, load_model, pick_device
-    from rollout import make_sampler
+    from engine.models import encode, find_beside, load_model, pick_device
+    from engine.rollout import make_sampler
 
     trained = find_beside(flags.model, "recipe/recipe.json")
     check_prompt(trained)

@@ -11,10 +11,10 @@ import json
 from pathlib import Path
 
 import train_grpo
-from accuracy import describe, describe_samples, evaluate, evaluate_samples
-from console import UserError, run
-from models import find_beside, load_model, pick_device
-from prompts import check_prompt, load_questions, prompt_of
+from engine.accuracy import describe, describe_samples, evaluate, evaluate_samples
+from engine.console import UserError, run
+from engine.models import find_beside, load_model, pick_device
+from engine.questions import check_prompt, load_questions, prompt_of
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -34,8 +34,8 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch
 
-    from checkpoints import check_writable
-    from rollout import make_sampler
+    from engine.checkpoints import check_writable
+    from engine.rollout import make_sampler
 
     trained = find_beside(flags.model, "recipe/recipe.json")
     check_prompt(trained)
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def write(folder: Path, figures: dict, rows: list[dict]) -> None:
-    from checkpoints import write_json, write_text
+    from engine.checkpoints import write_json, write_text
 
     write_json(folder / "eval.json", figures)
     write_text(folder / "eval.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

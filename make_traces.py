@@ -32,23 +32,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-import pretraining
 import train_grpo
-from console import UserError, check_ranges, check_types, constants_of, first_line, note, run
-from prompts import WORKED_EXAMPLE, load_questions, prompt_of, to_conversation, to_row
-from rewards import (
-    chinese_share,
-    correctness_reward,
-    extract_answer,
-    find_numbers,
-    hard_format_reward,
-    parse_number,
-)
+from engine import pretraining
+from engine.console import UserError, check_ranges, check_types, constants_of, first_line, note, run
+from engine.numbers import chinese_share, extract_answer, find_numbers, parse_number
+from engine.questions import load_questions, prompt_of, to_conversation, to_row
+from prompts import WORKED_EXAMPLE
+from rewards import correctness_reward, hard_format_reward
 
 if TYPE_CHECKING:  # imported where they are used: the one-line errors need no seconds to start
     from transformers import PreTrainedTokenizerBase
 
-    from rollout import PlainSampler, Sampler
+    from engine.rollout import PlainSampler, Sampler
 
 # ---------------------------------------------------------------------------------------------------- the sampling
 OUTPUT_DIR: str = "output/traces"  # --output
@@ -245,8 +240,8 @@ def append(path: Path, rows: list[dict]) -> None:
 # --------------------------------------------------------------------------------------------------------- the model
 def load_sampler(name: str, cpu: bool, bf16: bool) -> tuple["Sampler | PlainSampler", "PreTrainedTokenizerBase"]:
     """The model, its weights in bf16 where training autocasts: a 7B one in float32 fits neither 24 GB nor the host."""
-    from models import load_model, pick_device
-    from rollout import make_sampler
+    from engine.models import load_model, pick_device
+    from engine.rollout import make_sampler
 
     device, dtype = pick_device(cpu, bf16)
     model, tokenizer = load_model(name, dtype)
@@ -269,7 +264,7 @@ def sample(
     sampler: "Sampler | PlainSampler", tokenizer: "PreTrainedTokenizerBase", prompts: list[list[dict]], tokens: int
 ) -> list[list[dict]]:
     """SAMPLES answers to each prompt, as `judge` takes them."""
-    from models import encode
+    from engine.models import encode
 
     ids = [prompt for prompt in encode(tokenizer, prompts) for _ in range(SAMPLES)]
     drawn = sampler.generate(ids, tokens, TEMPERATURE)
@@ -318,7 +313,7 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(recipe.OUTPUT_DIR)
     log, traces_file = output / "questions.jsonl", output / "traces.jsonl"
 
-    from models import find_beside
+    from engine.models import find_beside
 
     # as the model was trained, if it was here; and no trace may be longer than what its student may write
     trained = vars(recipe) | find_beside(recipe.MODEL, "recipe/recipe.json")

@@ -24,10 +24,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Literal
 
-import demo
-import pretraining
-from console import UserError, check_ranges, check_types, constants_of, is_a, refuse_missing_folder, run
-from prompts import load_questions
+from engine import demo, pretraining
+from engine.console import UserError, check_ranges, check_types, constants_of, is_a, refuse_missing_folder, run
+from engine.questions import load_questions
 from rewards import REWARD_WEIGHTS, REWARDS, weights_fit
 
 if TYPE_CHECKING:  # imported where they are used: `--help` and the one-line errors need no seconds to start
@@ -37,7 +36,7 @@ if TYPE_CHECKING:  # imported where they are used: `--help` and the one-line err
     from transformers import PreTrainedModel
     from trl import GRPOConfig
 
-    from monitor import Watch
+    from engine.monitor import Watch
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # before any of these libraries is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warning about forks helps nobody here
@@ -291,7 +290,7 @@ def take_machine(flags: argparse.Namespace, bf16: bool) -> "tuple[PartialState, 
     import torch
     from accelerate import PartialState
 
-    from models import pick_device
+    from engine.models import pick_device
 
     device, autocast = pick_device(flags.cpu, bf16)
     on_cpu = device.type == "cpu"
@@ -318,13 +317,13 @@ def main(argv: list[str] | None = None) -> None:
 
     from transformers import PrinterCallback
 
-    import checkpoints
-    from draw_curves import read_history
-    from models import drop_long, load_model
-    from monitor import Monitor
-    from preference import load_preference
-    from rollout import Rollout
-    from trainer import CarefulTrainer
+    from engine import checkpoints
+    from engine.curves import read_history
+    from engine.models import drop_long, load_model
+    from engine.monitor import Monitor
+    from engine.preference import load_preference
+    from engine.rollout import Rollout
+    from engine.trainer import CarefulTrainer
 
     state, autocast = take_machine(flags, recipe.BF16)
     accumulation = accumulation_steps(recipe, state.num_processes)
@@ -373,9 +372,9 @@ def carry_out(monitor: "Watch", results: dict, checkpoint: Path | None, out_of_m
     """
     import torch
 
-    import checkpoints
-    from draw_curves import draw_curves
-    from model_card import model_card
+    from engine import checkpoints
+    from engine.curves import draw_curves
+    from engine.model_card import model_card
 
     recipe, trainer, output = monitor.recipe, monitor.trainer, monitor.output
     main_process = trainer.is_world_process_zero()

@@ -23,12 +23,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-import demo
-import pretraining
 import train_grpo
-from console import UserError, check_ranges, check_types, constants_of, first_line, note, run
-from prompts import load_questions
-from rewards import is_label
+from engine import demo, pretraining
+from engine.console import UserError, check_ranges, check_types, constants_of, first_line, note, run
+from engine.numbers import is_label
+from engine.questions import load_questions
 
 if TYPE_CHECKING:  # imported where they are used: `--help` and the one-line errors need no seconds to start
     from datasets import Dataset
@@ -196,7 +195,7 @@ def keep_usable(
     Raises:
         UserError: none is left.
     """
-    from models import count_tokens
+    from engine.models import count_tokens
 
     asked = {prompt[-1]["content"] for prompt in test["prompt"]}
     limits = f"longer than MAX_TOKENS {recipe.MAX_TOKENS} or MAX_COMPLETION_TOKENS {recipe.MAX_COMPLETION_TOKENS}"
@@ -247,12 +246,12 @@ def main(argv: list[str] | None = None) -> None:
     from datasets import Dataset
     from transformers import PrinterCallback
 
-    import checkpoints
-    from draw_curves import read_history
-    from models import load_model
-    from monitor import SftMonitor
-    from rollout import Rollout
-    from trainer import CarefulSFTTrainer
+    from engine import checkpoints
+    from engine.curves import read_history
+    from engine.models import load_model
+    from engine.monitor import SftMonitor
+    from engine.rollout import Rollout
+    from engine.trainer import CarefulSFTTrainer
 
     state, autocast = train_grpo.take_machine(flags, recipe.BF16)
     accumulation = accumulation_steps(recipe, state.num_processes)

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from checkpoints import write_json
-from console import UserError, refuse_missing_folder, run
-from models import find_beside, load_model
+from engine.checkpoints import write_json
+from engine.console import UserError, refuse_missing_folder, run
+from engine.models import find_beside, load_model
 
 
 def main() -> None:

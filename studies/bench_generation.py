@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import train_grpo
-from models import describe_precision, encode, load_model, pick_device
-from prompts import load_questions
-from rollout import PlainSampler, Sampler
+from engine.models import describe_precision, encode, load_model, pick_device
+from engine.questions import load_questions
+from engine.rollout import PlainSampler, Sampler
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ import trl.trainer.utils
 from qwen import SHAPE
 from trl.kernels import ChunkedLogProbFunction
 
-from trainer import CPU_TILE
+from engine.trainer import CPU_TILE
 
 WIDTHS = [trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE, 8192, 4096, CPU_TILE, 1024]
 

@@ -22,11 +22,11 @@ from bench_step import CUDA, watch  # which finds the project's modules
 from trl import GRPOConfig, GRPOTrainer
 
 import train_grpo
-from models import load_model
-from prompts import load_questions
+from engine.models import load_model
+from engine.questions import load_questions
+from engine.rollout import Rollout
+from engine.trainer import CarefulTrainer
 from rewards import REWARD_WEIGHTS, REWARDS
-from rollout import Rollout
-from trainer import CarefulTrainer
 
 GROUP, MICRO = train_grpo.COMPLETIONS_PER_QUESTION, 8
 OURS = {"per_device_train_batch_size": MICRO, "beta": 0.0, "loss_type": "dapo", "scale_rewards": "batch"}

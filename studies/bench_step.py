@@ -38,9 +38,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-import demo
-from rollout import PlainSampler, Rollout, Sampler
-from trainer import CarefulTrainer
+from engine import demo
+from engine.rollout import PlainSampler, Rollout, Sampler
+from engine.trainer import CarefulTrainer
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

@@ -37,9 +37,9 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.kernels.chunked_logprob import _use_triton
 
 import train_grpo
-from models import encode, load_model
-from prompts import to_conversation
-from trainer import CPU_TILE, CarefulTrainer
+from engine.models import encode, load_model
+from engine.questions import to_conversation
+from engine.trainer import CPU_TILE, CarefulTrainer
 
 GROUP, MICRO, LONGEST = 2, 16, 512
 

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import qwen
 
 import train_grpo
-from console import UserError, run
-from prompts import to_row
+from engine.console import UserError, run
+from engine.questions import to_row
 
 ENDS = {"eos_token_id": 151645, "pad_token_id": 151643, "bos_token_id": None}
 ROOT = Path(train_grpo.__file__).parent

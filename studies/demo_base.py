@@ -8,12 +8,12 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import demo
-from accuracy import grade
-from console import run
-from models import encode, load_model
-from prompts import to_conversation
-from rollout import make_sampler
+from engine import demo
+from engine.accuracy import grade
+from engine.console import run
+from engine.models import encode, load_model
+from engine.questions import to_conversation
+from engine.rollout import make_sampler
 
 
 def main() -> None:

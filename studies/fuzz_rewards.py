@@ -18,16 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from console import UserError, run
-from rewards import (
-    correctness_reward,
-    digit_reward,
-    extract_answer,
-    hard_format_reward,
-    mark_reward,
-    parse_number,
-    soft_format_reward,
-)
+from engine.console import UserError, run
+from engine.numbers import extract_answer, parse_number
+from rewards import correctness_reward, digit_reward, hard_format_reward, mark_reward, soft_format_reward
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 PIECES = [

@@ -27,9 +27,10 @@ from study_rewards import CORRECTNESS, EQUAL, TUTORIAL
 import evaluate
 import prompts
 import train_grpo
-from checkpoints import write_text
-from console import UserError, run
-from draw_curves import draw_curve, read_history
+from engine.checkpoints import write_text
+from engine.console import UserError, run
+from engine.curves import draw_curve, read_history
+from engine.questions import load_questions, to_row
 
 ROOT = Path(__file__).parent.parent
 
@@ -123,12 +124,12 @@ def write_questions(datasets: list[str], folder: Path, count: int) -> str:
     for split, sources in (("train", datasets), ("test", datasets[:1])):
         pairs = []
         for dataset in sources:
-            rows = prompts.load_questions(dataset, split)
+            rows = load_questions(dataset, split)
             asked = [prompt[-1]["content"] for prompt in rows["prompt"]]
             pairs += zip(asked, rows["answer"], strict=True)
         if split == "test" and count < len(pairs):
             pairs = random.Random(0).sample(pairs, count)
-        lines = [prompts.to_row(question, label) for question, label in pairs]
+        lines = [to_row(question, label) for question, label in pairs]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         file = folder / f"{split}.jsonl"
         if file.exists() and file.read_text(encoding="utf-8") != text:

@@ -20,7 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 # the demo, saved after each step; a small step, for there are many
-START = "import demo, train_grpo; demo.RECIPE |= {'SAVE_EVERY': 1, 'EVAL_EVERY': 20, 'QUESTIONS_PER_STEP': 4}; "
+START = "import train_grpo; from engine import demo; "
+START += "demo.RECIPE |= {'SAVE_EVERY': 1, 'EVAL_EVERY': 20, 'QUESTIONS_PER_STEP': 4}; "
 START += "demo.RECIPE['MICRO_BATCH'] = 32; train_grpo.run(train_grpo.main)"
 
 
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    import checkpoints
+    from engine import checkpoints
 
     rng, folder = random.Random(flags.seed), Path(tempfile.mkdtemp(prefix="soak-"))
     whole, killed = folder / "whole", folder / "killed"

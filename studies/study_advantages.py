@@ -21,11 +21,13 @@ from study_prompts import draw_questions, read_lines, write_lines
 from study_rewards import EQUAL, TUTORIAL
 
 import train_grpo
-from accuracy import answer
-from console import run
-from models import load_model, pick_device
-from prompts import WORKED_EXAMPLE, to_conversation
-from rewards import REWARD_WEIGHTS, REWARDS, correctness_reward, thinking_of
+from engine.accuracy import answer
+from engine.console import run
+from engine.models import load_model, pick_device
+from engine.numbers import thinking_of
+from engine.questions import to_conversation
+from prompts import WORKED_EXAMPLE
+from rewards import REWARD_WEIGHTS, REWARDS, correctness_reward
 
 ROOT = Path(__file__).parent.parent
 
@@ -114,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     if not file.exists():
         import torch
 
-        from rollout import make_sampler
+        from engine.rollout import make_sampler
 
         turns = WORKED_EXAMPLE if flags.example else []
         pairs = [(to_conversation(row["prompt"][-1]["content"], example=turns), row["answer"]) for row in chosen]

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from rewards import extract_answer
+from engine.numbers import extract_answer
 
 ROOT = Path(__file__).parent.parent
 

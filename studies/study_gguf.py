@@ -16,9 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from console import UserError, run
-from prompts import load_questions, to_conversation
-from rewards import extract_answer
+from engine.console import UserError, run
+from engine.numbers import extract_answer
+from engine.questions import load_questions, to_conversation
 
 QUESTIONS = 20
 
@@ -51,8 +51,8 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch
 
-    from models import encode, load_model, render
-    from rollout import make_sampler
+    from engine.models import encode, load_model, render
+    from engine.rollout import make_sampler
 
     template, parameters = read_modelfile(modelfile.read_text(encoding="utf-8"))
     limit = int(parameters["num_predict"])

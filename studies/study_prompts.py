@@ -20,13 +20,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from real_model import RECIPE, TUTORIAL_PROMPT, check_asked, with_interval
 
 import train_grpo
-from accuracy import answer, summarize
-from checkpoints import write_text
-from console import UserError, run
+from engine.accuracy import answer, summarize
+from engine.checkpoints import write_text
+from engine.console import UserError, run
+from engine.models import encode, load_model, pick_device
+from engine.numbers import thinking_of
+from engine.questions import load_questions, to_conversation
 from make_traces import ask
-from models import encode, load_model, pick_device
-from prompts import SYSTEM_PROMPT, WORKED_EXAMPLE, load_questions, to_conversation
-from rewards import thinking_of
+from prompts import SYSTEM_PROMPT, WORKED_EXAMPLE
 
 ROOT = Path(__file__).parent.parent
 
@@ -137,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
         if file.exists():
             continue
         if sampler is None:
-            from rollout import make_sampler
+            from engine.rollout import make_sampler
 
             model, tokenizer = load_model(flags.model)
             device, autocast = pick_device(flags.cpu, train_grpo.BF16)

@@ -18,10 +18,10 @@ from statistics import fmean, stdev
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import demo
-import draw_curves
 import train_grpo
-from rewards import REWARD_MAXIMA, extract_answer, language_reward, parse_number
+from engine import curves, demo
+from engine.numbers import extract_answer, parse_number
+from rewards import REWARD_MAXIMA, language_reward
 
 ROOT = Path(__file__).parent.parent
 
@@ -103,7 +103,7 @@ def train(variant: str, seed: int, steps: int, base: tuple[str, str], folder: Pa
 def figures(folder: Path) -> dict[str, float]:
     """What the table shows of one run."""
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    looks = [row["heldout/strict"] for row in draw_curves.read_history(folder) if "heldout/strict" in row]
+    looks = [row["heldout/strict"] for row in curves.read_history(folder) if "heldout/strict" in row]
     return {
         "strict %": 100 * results["after"]["strict"],
         "strict % on the way": 100 * fmean(looks),  # the sooner it learns, the higher
@@ -147,10 +147,10 @@ def draw(left: Path, right: Path, picture: Path) -> None:
     ):
         history = [
             row | {"share": row["reward/total"] / full} if "reward/total" in row else row
-            for row in draw_curves.read_history(folder)
+            for row in curves.read_history(folder)
         ]
-        draw_curves.draw_curve(axes, history, "share", "C1", "total reward, of the maximum")
-        draw_curves.draw_curve(axes, history, "heldout/strict", "C0", "held-out accuracy, 95 % interval")
+        curves.draw_curve(axes, history, "share", "C1", "total reward, of the maximum")
+        curves.draw_curve(axes, history, "heldout/strict", "C0", "held-out accuracy, 95 % interval")
         axes.set(title=title, xlabel="step", ylim=(0, 0.75))
         axes.grid(alpha=0.3)
         axes.legend(loc="upper left")

@@ -42,7 +42,11 @@ def error_line(done: subprocess.CompletedProcess) -> str:
 
 def names_read() -> set[str]:
     """What the scripts read as `x.NAME` or `x["NAME"]`, but for the checks of constants: a check is no use."""
-    tops = [top for path in ROOT.glob("*.py") for top in ast.parse(path.read_text(encoding="utf-8")).body]
+    tops = [
+        top
+        for path in [*ROOT.glob("*.py"), *ROOT.glob("engine/*.py")]
+        for top in ast.parse(path.read_text(encoding="utf-8")).body
+    ]
     nodes = [n for top in tops if getattr(top, "name", "") != "check_constants" for n in ast.walk(top)]
     read = {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
     return read | {n.slice.value for n in nodes if isinstance(n, ast.Subscript) and isinstance(n.slice, ast.Constant)}
@@ -51,7 +55,7 @@ def names_read() -> set[str]:
 @pytest.fixture(scope="session")
 def demo_base(tmp_path_factory) -> Path:
     """A folder with the demo's `model/` and `data/`, the model after a few steps only: it speaks, badly."""
-    from demo import make_demo
+    from engine.demo import make_demo
 
     folder = tmp_path_factory.mktemp("base")
     make_demo(folder, steps=30)

@@ -9,11 +9,10 @@ import pytest
 from conftest import ROOT, run_script
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-import demo
-import models
-import pretraining
 import prompts
-from prompts import SYSTEM_PROMPT, to_conversation
+from engine import demo, models, pretraining
+from engine.questions import to_conversation
+from prompts import SYSTEM_PROMPT
 
 QWEN = ROOT.parent / "shared" / "data" / "qwen2.5_tokenizer"
 needs_qwen = pytest.mark.skipif(not QWEN.is_dir(), reason="needs the real tokenizer beside the project")

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-import demo
 import prompts
-from prompts import ANSWER_COLUMN, QUESTION_COLUMN, SYSTEM_PROMPT, load_questions, to_conversation
-from rewards import REWARD_MAXIMA, REWARDS, extract_answer, hard_format_reward, parse_number
+from engine import demo
+from engine.numbers import extract_answer, parse_number
+from engine.questions import load_questions, to_conversation
+from prompts import ANSWER_COLUMN, QUESTION_COLUMN, SYSTEM_PROMPT
+from rewards import REWARD_MAXIMA, REWARDS, hard_format_reward
 from train_grpo import PROBE_QUESTION
 
 PARTS = {"train": demo.TRAIN_QUESTIONS, "test": demo.TEST_QUESTIONS, "traces": demo.TRACES}

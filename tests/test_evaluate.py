@@ -16,16 +16,14 @@ import pytest
 import torch
 from conftest import ROOT, error_line, run_script
 
-import accuracy
 import chat
-import console
 import evaluate as evaluate_script
-import models
 import prompts
 import train_grpo
-from accuracy import evaluate, evaluate_samples, grade, interval, summarize, summarize_samples
-from console import UserError
-from prompts import to_conversation
+from engine import accuracy, console, models
+from engine.accuracy import evaluate, evaluate_samples, grade, interval, summarize, summarize_samples
+from engine.console import UserError
+from engine.questions import to_conversation
 
 
 @pytest.mark.parametrize(
@@ -239,7 +237,7 @@ def test_another_prompt_than_in_training(demo_base, tmp_path, monkeypatch, capsy
             script()
             out = capsys.readouterr().out
             assert (said in out) == (example != prompts.EXAMPLE) and "the SYSTEM_PROMPT of its training" in out
-            assert asked and all(turns[:-1] == prompts.to_conversation("", "按格式", example)[:-1] for turns in asked)
+            assert asked and all(turns[:-1] == to_conversation("", "按格式", example)[:-1] for turns in asked)
             asked.clear()
 
 

@@ -15,20 +15,20 @@ import torch
 from conftest import ROOT, error_line, run_script
 from safetensors.torch import load_file
 
-import checkpoints
-import models
 import train_grpo
-from console import UserError
+from engine import checkpoints, models
+from engine.console import UserError
 
 # train_grpo.py as a user starts it, but with a small step, saved after each one, and with completions that are fixed,
 # so that one process and two have the same to train on: what they are depends on the question and the place only.
 DRIVER = """
 import json, os, sys, zlib
-import demo, train_grpo
+import train_grpo
+from engine import demo
 demo.RECIPE |= {"QUESTIONS_PER_STEP": 4, "MICRO_BATCH": 8, "SAVE_EVERY": 1, "EVAL_EVERY": 100, "EVAL_QUESTIONS": 8}
 if "--fixed" in sys.argv:
     sys.argv.remove("--fixed")
-    import rollout, trainer
+    from engine import rollout, trainer
     def generate(self, prompts, trainer):
         first = int(os.environ.get("RANK", 0)) * len(prompts)
         encode = lambda text: trainer.processing_class(text, add_special_tokens=False)["input_ids"]

@@ -11,9 +11,10 @@ from huggingface_hub import ModelCard
 
 import prompts
 import train_grpo
-from model_card import LAST_QUESTION, is_hub_id, model_card, modelfile
-from models import load_model, render
-from prompts import SYSTEM_PROMPT, WORKED_EXAMPLE, load_questions, to_conversation
+from engine.model_card import LAST_QUESTION, is_hub_id, model_card, modelfile
+from engine.models import load_model, render
+from engine.questions import load_questions, to_conversation
+from prompts import SYSTEM_PROMPT, WORKED_EXAMPLE
 
 README = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/recipe.md"))
 

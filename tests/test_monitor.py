@@ -14,10 +14,10 @@ from tensorboard.plugin_util import markdown_to_safe_html
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.tensorboard import SummaryWriter
 
-import monitor
-from console import UserError
-from draw_curves import draw_curves, read_history
-from monitor import ALARMS, REPEAT, WINDOW, Monitor, SftMonitor, not_finite, preformatted, side_by_side
+from engine import monitor
+from engine.console import UserError
+from engine.curves import draw_curves, read_history
+from engine.monitor import ALARMS, REPEAT, WINDOW, Monitor, SftMonitor, not_finite, preformatted, side_by_side
 from rewards import REWARD_WEIGHTS, REWARDS
 
 SAMPLE_KEYS = ["step", "question", "label", "completion", "extracted", "rewards", "advantage"]
@@ -333,7 +333,7 @@ def test_what_a_run_leaves_to_look_at(demo_output):
     assert history[-1]["heldout/strict"] == pytest.approx(results["after"]["strict"])
 
     (demo_output / "curves.png").unlink()
-    assert run_script("draw_curves.py", demo_output).stdout.strip() == str(demo_output / "curves.png")
+    assert run_script("-m", "engine.curves", demo_output).stdout.strip() == str(demo_output / "curves.png")
     assert png_size(demo_output / "curves.png") == (1000, 600)
 
 

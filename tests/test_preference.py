@@ -17,16 +17,14 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForSequenceClassification
 
-import checkpoints
-import models
-import preference
-import rollout
 import train_grpo
-from console import UserError
-from draw_curves import read_history
-from models import load_reward_model
-from preference import final_answer, load_preference, rank_group, score
-from prompts import ANSWER_COLUMN, OPEN_SYSTEM_PROMPT, QUESTION_COLUMN, SYSTEM_PROMPT, load_questions
+from engine import checkpoints, models, preference, rollout
+from engine.console import UserError
+from engine.curves import read_history
+from engine.models import load_reward_model
+from engine.preference import final_answer, load_preference, rank_group, score
+from engine.questions import load_questions
+from prompts import ANSWER_COLUMN, OPEN_SYSTEM_PROMPT, QUESTION_COLUMN, SYSTEM_PROMPT
 from rewards import REWARD_WEIGHTS, REWARDS
 
 NAMES = [reward.__name__ for reward in REWARDS] + ["preference_reward"]
@@ -249,7 +247,7 @@ import json, os, sys
 from types import SimpleNamespace
 import torch
 from accelerate import PartialState
-import preference
+from engine import preference
 PartialState(cpu=True)
 recipe = SimpleNamespace(
     REWARD_MODEL=sys.argv[1], MICRO_BATCH=2, COMPLETIONS_PER_QUESTION=2, MAX_PROMPT_TOKENS=9, MAX_COMPLETION_TOKENS=9)

@@ -6,16 +6,9 @@ from pathlib import Path
 import pytest
 
 import prompts
-from console import UserError, refuse_missing_folder
-from prompts import (
-    ANSWER_COLUMN,
-    OPEN_SYSTEM_PROMPT,
-    QUESTION_COLUMN,
-    SYSTEM_PROMPT,
-    WORKED_EXAMPLE,
-    load_questions,
-    to_conversation,
-)
+from engine.console import UserError, refuse_missing_folder
+from engine.questions import load_questions, to_conversation
+from prompts import ANSWER_COLUMN, OPEN_SYSTEM_PROMPT, QUESTION_COLUMN, SYSTEM_PROMPT, WORKED_EXAMPLE
 from rewards import REWARD_MAXIMA, REWARDS
 
 GOOD = [("3加4等于几？", 7), ("1分钟是多少秒？", 60)]
@@ -130,7 +123,7 @@ def test_empty_split(tmp_path, monkeypatch):
     with pytest.raises(UserError, match='"train" corresponds to no data'):
         load_questions(str(tmp_path), "train")
     nothing = Dataset.from_dict({QUESTION_COLUMN: [], ANSWER_COLUMN: []})
-    monkeypatch.setattr("prompts.read_split", lambda dataset, split: nothing)
+    monkeypatch.setattr("engine.questions.read_split", lambda dataset, split: nothing)
     with pytest.raises(UserError, match="split 'train' is empty"):
         load_questions(str(tmp_path), "train")
 

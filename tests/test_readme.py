@@ -16,7 +16,7 @@ COMMANDS = sorted({line.split("#")[0].strip() for block in BLOCKS for line in bl
 
 def test_there_are_commands():
     """The pattern above finds them: without that, the tests below would prove nothing."""
-    for script in ("train_grpo.py", "evaluate.py", "chat.py", "draw_curves.py", "studies/demo_base.py"):
+    for script in ("train_grpo.py", "evaluate.py", "chat.py", "studies/demo_base.py"):
         assert any(script in command for command in COMMANDS), script
     assert "pip install -r requirements.txt && python train_grpo.py --demo" in README
     assert "pip install -r requirements.txt && python -m pytest" in README

@@ -32,8 +32,8 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
-import rollout
-from rollout import CHECK_EVERY, PlainSampler, Rollout, Sampler, VllmSampler, make_sampler, why_not
+from engine import rollout
+from engine.rollout import CHECK_EVERY, PlainSampler, Rollout, Sampler, VllmSampler, make_sampler, why_not
 
 VOCABULARY, PAD, EOS = 32, 0, 1
 MIXED = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16, 17], [5, 6, 7], [20, 21, 22, 23, 24], [30, 2]]

@@ -14,16 +14,14 @@ from conftest import ROOT, error_line, names_read, run_script
 from datasets import load_from_disk
 from safetensors.torch import load_file
 
-import checkpoints
-import models
-import pretraining
 import train_grpo
 import train_sft
-from console import UserError
-from demo import CAREFUL, SFT_RECIPE, draw_problems
-from draw_curves import read_history
-from prompts import to_conversation
-from trainer import CarefulSFTTrainer
+from engine import checkpoints, models, pretraining
+from engine.console import UserError
+from engine.curves import read_history
+from engine.demo import CAREFUL, SFT_RECIPE, draw_problems
+from engine.questions import to_conversation
+from engine.trainer import CarefulSFTTrainer
 
 SMALL = {"ROWS_PER_STEP": 8, "MICRO_BATCH": 4, "LEARNING_RATE": 1e-3}  # of train_sft.py
 SHARED = {"MAX_COMPLETION_TOKENS": 96, "EVAL_QUESTIONS": 8, "SAVE_EVERY": 1, "SAVE_LIMIT": 9, "BF16": False}

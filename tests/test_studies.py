@@ -18,9 +18,9 @@ import torch
 from conftest import error_line, run_script
 
 import train_grpo
-from console import UserError
-from models import find_beside, load_model
-from prompts import load_questions, to_row
+from engine.console import UserError
+from engine.models import find_beside, load_model
+from engine.questions import load_questions, to_row
 
 
 def test_real_model(demo_base, tmp_path):
@@ -182,10 +182,10 @@ def test_study_advantages(demo_base, tmp_path):
 
 def test_study_gguf(demo_base, tmp_path, monkeypatch, capsys):
     """The Modelfile's prompt and parameters reach the server, and an answer that departs is counted and placed."""
-    from model_card import modelfile
-    from models import encode, load_model
-    from prompts import to_conversation
-    from rollout import make_sampler
+    from engine.model_card import modelfile
+    from engine.models import encode, load_model
+    from engine.questions import to_conversation
+    from engine.rollout import make_sampler
 
     folder = str(demo_base / "model")
     model, tokenizer = load_model(folder)

@@ -14,12 +14,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 import make_traces
-import models
-from console import UserError
+from engine import models
+from engine.console import UserError
+from engine.questions import load_questions, to_conversation
+from engine.rollout import Sampler
 from make_traces import fault_of, judge, rewrite
-from prompts import ANSWER_COLUMN, QUESTION_COLUMN, WORKED_EXAMPLE, load_questions, to_conversation
+from prompts import ANSWER_COLUMN, QUESTION_COLUMN, WORKED_EXAMPLE
 from rewards import REWARD_MAXIMA, REWARDS
-from rollout import Sampler
 
 QUESTION = "Jasper在四月份卖了48个夹子，五月份卖了一半。一共卖了多少个？"
 STEPS = "五月份卖出的夹子数量是：\n\\[ \\frac{48}{2} = 24 \\]\n\n两个月相加：\n\\[ 48 + 24 = 72 \\]"
@@ -135,7 +136,7 @@ def test_junk(junk):
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory) -> Path:
     """The demo's data and a model that is right now and then."""
-    from demo import make_demo
+    from engine.demo import make_demo
 
     folder = tmp_path_factory.mktemp("taught")
     make_demo(folder / "base", steps=100)

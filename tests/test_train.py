@@ -14,11 +14,10 @@ import torch
 from conftest import ROOT, error_line, names_read, run_script
 from safetensors.torch import load_file
 
-import accuracy
-import models
 import train_grpo
-from console import UserError
-from monitor import Monitor
+from engine import accuracy, models
+from engine.console import UserError
+from engine.monitor import Monitor
 from prompts import ANSWER_COLUMN, QUESTION_COLUMN
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -273,7 +272,7 @@ def test_flags_override_constants():
 
 def test_demo_overrides_existing_constants():
     """demo.RECIPE can only change constants that exist; a misspelt one would silently do nothing."""
-    import demo
+    from engine import demo
 
     assert set(demo.RECIPE) <= set(train_grpo.default_recipe())
 

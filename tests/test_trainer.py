@@ -22,7 +22,7 @@ from test_rollout import EOS, make_model, make_tokenizer
 from transformers import Qwen2ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, SFTTrainer
 
-from trainer import CPU_TILE, CarefulSFTTrainer, CarefulTrainer, lean_lm_head
+from engine.trainer import CPU_TILE, CarefulSFTTrainer, CarefulTrainer, lean_lm_head
 
 GROUP, LONGEST = 4, 24
 
@@ -236,7 +236,7 @@ def test_comparison_notices(tmp_path, what):
 def test_sorting_stays_within_a_step(tmp_path, monkeypatch):
     """Negative control: sorted over all steps of a generation, rows would train in another step."""
     stock = train(GRPOTrainer, tmp_path, steps_per_generation=8)
-    monkeypatch.setattr("trainer.math.gcd", lambda parts, accumulation: parts)
+    monkeypatch.setattr("engine.trainer.math.gcd", lambda parts, accumulation: parts)
     with pytest.raises(AssertionError):
         assert_same_gradients(train(CarefulTrainer, tmp_path, steps_per_generation=8), stock)
 
@@ -254,7 +254,7 @@ TWO_RANKS = """
 import os, pathlib, sys
 import torch
 from test_trainer import DECAYING, all_flat, assert_same_gradients, no_flat, train
-from trainer import CarefulTrainer
+from engine.trainer import CarefulTrainer
 from trl import GRPOTrainer
 
 torch.set_num_threads(1)

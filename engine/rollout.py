@@ -25,8 +25,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from console import first_line, note
-from models import encode
+from engine.console import first_line, note
+from engine.models import encode
 
 if TYPE_CHECKING:  # chat and evaluation need not wait for it
     from transformers import Trainer, TrainingArguments

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from console import UserError, first_line, note, refuse_missing_folder
+from engine.console import UserError, first_line, note, refuse_missing_folder
 
 if TYPE_CHECKING:
     import torch

@@ -17,8 +17,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from console import UserError
-from models import encode, load_reward_model
+from engine.console import UserError
+from engine.models import encode, load_reward_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -11,9 +11,9 @@ import random
 import shutil
 from pathlib import Path
 
-import demo
+from engine import demo
+from engine.numbers import extract_answer, parse_number
 from prompts import SYSTEM_PROMPT
-from rewards import extract_answer, parse_number
 
 SHAPES = {  # by the name of their folder in the demo's cache
     "untaught": demo.SHAPE,

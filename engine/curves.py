@@ -1,7 +1,7 @@
 """Curves of one run, or of several over each other.
 
-python draw_curves.py output                draw output/curves.png again, also while the run goes
-python draw_curves.py output other ...      draw several runs over each other, in output/comparison.png
+python -m engine.curves output                draw output/curves.png again, also while the run goes
+python -m engine.curves output other ...      draw several runs over each other, in output/comparison.png
 """
 
 import argparse
@@ -9,8 +9,8 @@ import logging
 from pathlib import Path
 from statistics import fmean
 
-from console import UserError, note, run
-from monitor import History
+from engine.console import UserError, note, run
+from engine.monitor import History
 
 # panel -> the upper end of its scale (None: as the data want) and its curves; of several runs only the first curve
 PANELS = {

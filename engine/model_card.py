@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from huggingface_hub import ModelCardData
 
 import prompts
-from models import render
+from engine.models import render
+from engine.questions import to_conversation
 from rewards import REWARDS
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def modelfile(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> str:
     The template is said because Ollama finds none in what transformers 5 saves, the penalty because its older versions
     punish repetition unasked, also at temperature 0.
     """
-    asked = prompts.to_conversation("{{ $question }}", "{{ .System }}")
+    asked = to_conversation("{{ $question }}", "{{ .System }}")
     return f'''\
 # ollama create r1-zh -f Modelfile && ollama run r1-zh
 FROM .

@@ -6,14 +6,15 @@ import math
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
-from models import encode
-from rewards import answered_number, find_numbers, soft_format_reward
+from engine.models import encode
+from engine.numbers import answered_number, find_numbers
+from rewards import soft_format_reward
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from rollout import AnySampler
+    from engine.rollout import AnySampler
 
 
 Z = 1.959964  # standard errors on each side of a 95 % interval
@@ -49,7 +50,7 @@ def evaluate(
     """Answer every question greedily and grade the answers.
 
     Args:
-        questions: the columns `prompt` and `answer` of `prompts.load_questions`.
+        questions: the columns `prompt` and `answer` of `questions.load_questions`.
         max_new_tokens: where an answer is cut off.
         batch_size: questions answered at a time.
         title: of the progress bar; None shows none.

@@ -15,8 +15,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from trl import GRPOTrainer, SFTTrainer
 
-from checkpoints import attempt, checkpoint_bytes, list_checkpoints, open_weights, publish, rotate
-from console import UserError
+from engine.checkpoints import attempt, checkpoint_bytes, list_checkpoints, open_weights, publish, rotate
+from engine.console import UserError
 
 CPU_TILE = 2048  # columns of logits that TRL's LM head computes at a time on a CPU, so that a tile stays in its caches
 

@@ -28,8 +28,8 @@ from transformers import GenerationConfig, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 
 import prompts
-from console import UserError, first_line, note
-from model_card import modelfile
+from engine.console import UserError, first_line, note
+from engine.model_card import modelfile
 
 # What a run leaves behind that nobody wants overwritten. `base/` (the demo's cache) does not count.
 TRAINED = ["checkpoint-*", "*.safetensors", "adapter"]
@@ -243,8 +243,11 @@ def save_recipe(output: Path, recipe: SimpleNamespace) -> None:
     """Keep in `output/recipe/` what made this run: every constant, the versions, the scripts themselves."""
     folder = output / "recipe"
     folder.mkdir(parents=True, exist_ok=True)
-    for script in Path(__file__).parent.glob("*.py"):
-        shutil.copy(script, folder)
+    project = Path(__file__).parent.parent
+    for script in [*project.glob("*.py"), *project.glob("engine/*.py")]:
+        copy = folder / script.relative_to(project)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(script, copy)
     write_json(folder / "recipe.json", describe_recipe(recipe))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from prompts import to_conversation, to_row
+from engine.questions import to_conversation, to_row
 
 # The data set
 TRAIN_QUESTIONS = 1600

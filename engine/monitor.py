@@ -25,18 +25,18 @@ from accelerate.utils import broadcast_object_list
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 
-from accuracy import describe, evaluate, summarize
-from checkpoints import attempt, write_text
-from console import UserError
-from models import describe_precision
-from prompts import to_conversation
-from rewards import extract_answer, thinking_of
+from engine.accuracy import describe, evaluate, summarize
+from engine.checkpoints import attempt, write_text
+from engine.console import UserError
+from engine.models import describe_precision
+from engine.numbers import extract_answer, thinking_of
+from engine.questions import to_conversation
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import Trainer
 
-    from rollout import Rollout
+    from engine.rollout import Rollout
 
 History = list[dict[str, float]]
 
