@@ -29,12 +29,12 @@ from collections import Counter
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import train_grpo
-from engine import pretraining
-from engine.console import UserError, check_ranges, check_types, constants_of, first_line, note, run
+from engine import demo, pretraining, runs
+from engine.console import UserError, first_line, note, run
+from engine.constants import check_constants, constants_of
 from engine.numbers import chinese_share, extract_answer, find_numbers, parse_number
 from engine.questions import load_questions, prompt_of, to_conversation, to_row
 from prompts import WORKED_EXAMPLE
@@ -300,16 +300,14 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--skip {flags.skip}: 1 or more; leave it out to skip none")
     if flags.limit is not None and flags.limit < 1:
         raise UserError(f"--limit {flags.limit}: at least 1 question is needed")
-    constants = constants_of(sys.modules[__name__])
-    check_types(SimpleNamespace(**constants), sys.modules[__name__])
-    check_ranges(constants, {}, "make_traces.py")
-    flags.output = flags.output or (None if flags.demo else OUTPUT_DIR)
+    check_constants(constants_of(sys.modules[__name__]), sys.modules[__name__])
     return flags
 
 
 def main(argv: list[str] | None = None) -> None:
     flags = parse_flags(argv)
-    recipe = train_grpo.make_recipe(argparse.Namespace(**vars(flags), max_steps=None))
+    defaults = train_grpo.default_recipe() | {"OUTPUT_DIR": OUTPUT_DIR}
+    recipe = runs.make_recipe(defaults, {}, flags, demo.RECIPE)
     output = Path(recipe.OUTPUT_DIR)
     log, traces_file = output / "questions.jsonl", output / "traces.jsonl"
 
@@ -328,7 +326,7 @@ def main(argv: list[str] | None = None) -> None:
     settings |= {"skip": flags.skip, "seed": recipe.SEED, "free": flags.free, "prompt": prompt, "tokens": tokens}
     claim(output, settings | {"SAMPLES": SAMPLES, "TEMPERATURE": TEMPERATURE})
     if flags.demo:
-        pretraining.provide(output / "base", flags.model, flags.dataset)
+        pretraining.provide(output / "base", recipe.MODEL, recipe.DATASET)
 
     import torch
 

@@ -14,34 +14,20 @@ The R1 recipe (arXiv 2501.12948, GRPO: arXiv 2402.03300) as one flat file: edit 
     python train_grpo.py --demo --model output/demo/base/untaught --output output/zero    # R1-Zero there
 """
 
-import argparse
 import importlib.util
-import os
 import sys
-import warnings
-from datetime import timedelta
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from engine import demo, pretraining
-from engine.console import UserError, check_ranges, check_types, constants_of, is_a, refuse_missing_folder, run
-from engine.questions import load_questions
+from engine import demo, runs
+from engine.console import UserError, refuse_missing_folder, run
+from engine.constants import check_constants, constants_of, is_a
 from rewards import REWARD_WEIGHTS, REWARDS, weights_fit
 
-if TYPE_CHECKING:  # imported where they are used: `--help` and the one-line errors need no seconds to start
-    import torch
-    from accelerate import PartialState
-    from peft import LoraConfig
-    from transformers import PreTrainedModel
+if TYPE_CHECKING:  # imported where it is used: `--help` and the one-line errors need no seconds to start
     from trl import GRPOConfig
-
-    from engine.monitor import Watch
-
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # before any of these libraries is imported
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warning about forks helps nobody here
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-warnings.filterwarnings("ignore", category=FutureWarning)  # what these libraries tell each other about renamed options
 
 # ----------------------------------------------------------------------------------------------------- the recipe
 # The model and the questions
@@ -108,7 +94,7 @@ def grpo_config(recipe: SimpleNamespace, on_cpu: bool, bf16: bool, accumulation:
 
     weights = [*recipe.REWARD_WEIGHTS, recipe.PREFERENCE_WEIGHT] if recipe.REWARD_MODEL else recipe.REWARD_WEIGHTS
     config = GRPOConfig(
-        **common_arguments(recipe, on_cpu, bf16, accumulation),
+        **runs.common_arguments(recipe, on_cpu, bf16, accumulation),
         lr_scheduler_type="cosine",
         num_generations=recipe.COMPLETIONS_PER_QUESTION,
         max_completion_length=recipe.MAX_COMPLETION_TOKENS,
@@ -127,130 +113,21 @@ def grpo_config(recipe: SimpleNamespace, on_cpu: bool, bf16: bool, accumulation:
     return config
 
 
-def common_arguments(recipe: SimpleNamespace, on_cpu: bool, bf16: bool, accumulation: int) -> dict:
-    """Those of them that any of TRL's trainers takes; train_sft.py has the same constants for them."""
-    return {
-        "output_dir": recipe.OUTPUT_DIR,
-        "seed": recipe.SEED,
-        "use_cpu": on_cpu,
-        "bf16": bf16,
-        "per_device_train_batch_size": recipe.MICRO_BATCH,
-        "gradient_accumulation_steps": accumulation,
-        "activation_checkpointing": recipe.GRADIENT_CHECKPOINTING,
-        "learning_rate": recipe.LORA_LEARNING_RATE if recipe.USE_LORA else recipe.LEARNING_RATE,
-        "warmup_steps": recipe.WARMUP_STEPS,
-        "adam_beta1": recipe.ADAM_BETAS[0],
-        "adam_beta2": recipe.ADAM_BETAS[1],
-        "weight_decay": recipe.WEIGHT_DECAY,
-        "max_grad_norm": recipe.MAX_GRAD_NORM,
-        "num_train_epochs": recipe.EPOCHS,
-        "max_steps": recipe.MAX_STEPS,
-        "save_steps": recipe.SAVE_EVERY,
-        "save_total_limit": recipe.SAVE_LIMIT,
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,  # a loss that is not finite has to be seen
-        "ddp_find_unused_parameters": False,  # every parameter takes part in every step
-        "report_to": recipe.REPORT_TO,  # TensorBoard's curves are the monitor's
-        "disable_tqdm": True,  # so are the console's lines
-    }
-
-
-def lora_config(recipe: SimpleNamespace, model: "PreTrainedModel") -> "LoraConfig":
-    """The LoRA constants under PEFT's names. Raises UserError for a module that `model` has not."""
-    import torch
-    from peft import LoraConfig
-
-    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    there = sorted({name.split(".")[-1] for name in linear})
-    for name in recipe.LORA_MODULES:
-        if name not in there:
-            raise UserError(f"LORA_MODULES: this model has no {name!r} (it has: {', '.join(there)}); mend the list")
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=recipe.LORA_RANK,
-        lora_alpha=recipe.LORA_ALPHA,
-        lora_dropout=recipe.LORA_DROPOUT,
-        target_modules=recipe.LORA_MODULES,
-    )
-
-
-def accumulation_steps(recipe: SimpleNamespace, processes: int) -> int:
-    """Forward passes per optimizer step and process, so that any number of GPUs trains on the same step.
-
-    Raises:
-        UserError: the completions of a step do not divide into the micro batches of all processes.
-    """
-    completions, at_once = recipe.QUESTIONS_PER_STEP * recipe.COMPLETIONS_PER_QUESTION, recipe.MICRO_BATCH * processes
-    if completions % at_once:
-        raise UserError(
-            f"QUESTIONS_PER_STEP {recipe.QUESTIONS_PER_STEP} x COMPLETIONS_PER_QUESTION "
-            f"{recipe.COMPLETIONS_PER_QUESTION} = {completions} completions a step cannot be split into MICRO_BATCH "
-            f"{recipe.MICRO_BATCH} on {processes} process(es); change one so that {at_once} divides it"
-        )
-    return completions // at_once
-
-
 # --------------------------------------------------------------------------------------------------- how a run goes
-def parse_flags(argv: list[str] | None) -> argparse.Namespace:
-    """How this run goes; what the experiment is stands in the constants above."""
-    return make_parser("GRPO on Chinese GSM8K", OUTPUT_DIR).parse_args(argv)
-
-
-def make_parser(description: str, output: str) -> argparse.ArgumentParser:
-    """The flags that train_sft.py has too; `output` is where it writes by default."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument("--model", help=f"hub id or folder (default: {MODEL})")
-    parser.add_argument("--dataset", help=f"hub id or folder (default: {DATASET})")
-    parser.add_argument("--output", help=f"where this run writes (default: {output}, the demo: {OUTPUT_DIR}/demo)")
-    parser.add_argument("--max-steps", type=int, help="stop after so many optimizer steps")
-    parser.add_argument("--seed", type=int, help=f"another seed (default: {SEED})")
-    parser.add_argument("--resume", action="store_true", help="continue the newest complete checkpoint in the output")
-    parser.add_argument("--demo", action="store_true", help="a tiny model on made problems: minutes, any machine")
-    parser.add_argument("--cpu", action="store_true", help="stay on the CPU (very slow, except for the demo)")
-    return parser
-
-
-def default_recipe() -> dict:
-    """The constants above and the rewards' weights, by name."""
+def default_recipe() -> dict[str, Any]:
+    """The constants above and the weights of the rewards, by name."""
     return constants_of(sys.modules[__name__]) | {"REWARD_WEIGHTS": REWARD_WEIGHTS}
 
 
-def make_recipe(flags: argparse.Namespace) -> SimpleNamespace:
-    """The constants of this file, the demo's own where it is the demo, and the flags on top."""
-    given = {"MODEL": flags.model, "DATASET": flags.dataset, "OUTPUT_DIR": flags.output}
-    given |= {"MAX_STEPS": flags.max_steps, "SEED": flags.seed}
-    given = {name: value for name, value in given.items() if value is not None}
-    recipe = default_recipe()
-    if flags.demo:
-        recipe |= demo.RECIPE
-        recipe["MODEL"], recipe["DATASET"] = demo.folders(Path((recipe | given)["OUTPUT_DIR"], "base"))
-    return SimpleNamespace(**recipe | given)
-
-
-def check_constants(recipe: SimpleNamespace) -> None:
+def check_recipe(recipe: SimpleNamespace) -> None:
     """Raises UserError for the first constant of a wrong type or out of its range, or for what is not installed."""
-    check_types(recipe, sys.modules[__name__])
+    check_constants(vars(recipe), sys.modules[__name__])
     weights = recipe.REWARD_WEIGHTS
     if not (is_a(weights, list[float]) and weights_fit(weights)):
         raise UserError(
             f"REWARD_WEIGHTS = {weights!r} is not {len(REWARDS)} numbers of 0 or more, the language's at most a tenth "
             "of all there is to earn; mend it in rewards.py"
         )
-    betas = recipe.ADAM_BETAS
-    ranges = {  # of those that need not simply be above 0
-        "SEED": ("from 0 to 2**32 - 1", 0 <= recipe.SEED < 2**32),
-        "COMPLETIONS_PER_QUESTION": ("2 or more: one is its own baseline", recipe.COMPLETIONS_PER_QUESTION >= 2),
-        "WARMUP_STEPS": ("0 or more", recipe.WARMUP_STEPS >= 0),
-        "ADAM_BETAS": ("two from 0, below 1", len(betas) == 2 and all(0 <= beta < 1 for beta in betas)),
-        "WEIGHT_DECAY": ("0 or more", recipe.WEIGHT_DECAY >= 0),
-        "MAX_GRAD_NORM": ("0 or more", recipe.MAX_GRAD_NORM >= 0),
-        "MAX_STEPS": ("-1, or 1 or more", recipe.MAX_STEPS == -1 or recipe.MAX_STEPS >= 1),
-        "BETA": ("0 or more", recipe.BETA >= 0),
-        "LORA_DROPOUT": ("from 0, below 1", 0 <= recipe.LORA_DROPOUT < 1),
-        "LORA_MODULES": ("one name or more", recipe.LORA_MODULES != []),
-        "REWARD_MODEL": ("", True),  # "": there is none
-    }
-    check_ranges(vars(recipe), ranges, "train_grpo.py")
     if recipe.REWARD_MODEL:
         refuse_missing_folder(recipe.REWARD_MODEL, "REWARD_MODEL")
     if recipe.BETA > 0 and not recipe.USE_LORA and Path(recipe.MODEL, "adapter_config.json").exists():
@@ -269,68 +146,39 @@ def check_constants(recipe: SimpleNamespace) -> None:
             )
 
 
-def check_folders(flags: argparse.Namespace, recipe: SimpleNamespace) -> None:
-    """Raises UserError for a model's or a data set's folder that is not there."""
-    for name, given in (("MODEL", flags.model), ("DATASET", flags.dataset)):
-        made_here = flags.demo and (given is None or pretraining.is_ours(given))
-        if not made_here:
-            refuse_missing_folder(getattr(recipe, name), f"{name} (--{name.lower()})")
+def configure(argv: list[str] | None, constants: dict[str, Any]) -> tuple[Namespace, SimpleNamespace]:
+    """The flags and the checked constants of this run. Raises UserError for what cannot be."""
+    defaults = default_recipe()
+    flags = runs.make_parser("GRPO on Chinese GSM8K", defaults).parse_args(argv)
+    recipe = runs.make_recipe(defaults, constants, flags, demo.RECIPE)
+    check_recipe(recipe)
+    runs.check_folders(recipe, flags.demo)
+    return flags, recipe
 
 
-# What to say when a GPU's memory is full, the cheapest first
-OUT_OF_MEMORY = (
-    "out of GPU memory; lower MICRO_BATCH (the step stays the same), lower EVAL_BATCH, set GRADIENT_CHECKPOINTING = "
-    "True, set BETA = 0.0, lower MAX_COMPLETION_TOKENS, lower QUESTIONS_PER_STEP, all of which --resume allows; or "
-    "set USE_LORA = True in a new run"
-)
-
-
-def take_machine(flags: argparse.Namespace, bf16: bool) -> "tuple[PartialState, torch.dtype | None]":
-    """The processes and their devices, and the dtype of autocast there. Raises UserError without a GPU."""
-    import torch
-    from accelerate import PartialState
-
-    from engine.models import pick_device
-
-    device, autocast = pick_device(flags.cpu, bf16)
-    on_cpu = device.type == "cpu"
-    if on_cpu and not (flags.demo or flags.cpu):
-        raise UserError(
-            "no CUDA GPU found (no driver, or a torch built without CUDA?); "
-            "--demo trains a tiny model on any machine, --cpu trains this one, very slowly"
-        )
-    if on_cpu and flags.demo:
-        torch.set_num_threads(min(torch.get_num_threads(), 2))  # a tiny model has work for two; more only wait
-    # `accelerate config` has an answer of its own, which accelerate would follow where bf16 is off
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if autocast else "no"
-    return PartialState(cpu=on_cpu, timeout=timedelta(minutes=30)), autocast  # others wait while one evaluates
-
-
-def main(argv: list[str] | None = None) -> None:
-    flags = parse_flags(argv)
-    recipe = make_recipe(flags)
+def main(argv: list[str] | None = None, **constants: Any) -> None:
+    """Train. `constants` replace those above by name, for this run."""
+    flags, recipe = configure(argv, constants)  # refuses what it can before anything is loaded, written or deleted
     output = Path(recipe.OUTPUT_DIR)
-
-    # ---- what can be refused is refused before anything is loaded, written or deleted
-    check_constants(recipe)
-    check_folders(flags, recipe)
 
     from transformers import PrinterCallback
 
-    from engine import checkpoints
+    from engine import checkpoints, pretraining
     from engine.curves import read_history
     from engine.models import drop_long, load_model
     from engine.monitor import Monitor
     from engine.preference import load_preference
+    from engine.questions import load_questions
     from engine.rollout import Rollout
     from engine.trainer import CarefulTrainer
 
-    state, autocast = take_machine(flags, recipe.BF16)
-    accumulation = accumulation_steps(recipe, state.num_processes)
+    state, autocast = runs.start_processes(flags, recipe.BF16)
+    step = ("QUESTIONS_PER_STEP", "COMPLETIONS_PER_QUESTION")
+    accumulation = runs.accumulation_steps(recipe, step, state.num_processes)
     with state.main_process_first():
         checkpoint = checkpoints.find(output, recipe, flags.resume)
         if flags.demo:
-            pretraining.provide(output / "base", flags.model, flags.dataset)
+            pretraining.provide(output / "base", recipe.MODEL, recipe.DATASET)
 
     # ---- data, model, trainer
     train = load_questions(recipe.DATASET, "train", unlabelled=recipe.REWARD_MODEL != "")
@@ -345,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
         args=grpo_config(recipe, state.device.type == "cpu", autocast is not None, accumulation),
         train_dataset=fitting,
         processing_class=tokenizer,
-        peft_config=lora_config(recipe, model) if recipe.USE_LORA else None,
+        peft_config=runs.lora_config(recipe, model),
         rollout_func=None if recipe.USE_VLLM else rollout,
     )
     trainer.remove_callback(PrinterCallback)  # it would print thirty keys a step
@@ -358,57 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     monitor = Monitor(recipe, trainer, rollout, test, begun, history)
     if state.is_main_process:
         monitor.print_header(dropped=len(train) - len(fitting))
-    carry_out(monitor, results, checkpoint, OUT_OF_MEMORY)
-
-
-def carry_out(monitor: "Watch", results: dict, checkpoint: Path | None, out_of_memory: str) -> None:
-    """Accuracy before, the training, accuracy after; however it ends, the curves are drawn.
-
-    Args:
-        monitor: watches the run, and knows its trainer and its folder.
-        results: what an earlier start of this run has found out.
-        checkpoint: what the run continues; None for a new one.
-        out_of_memory: what to say when a GPU's memory is full.
-    """
-    import torch
-
-    from engine import checkpoints
-    from engine.curves import draw_curves
-    from engine.model_card import model_card
-
-    recipe, trainer, output = monitor.recipe, monitor.trainer, monitor.output
-    main_process = trainer.is_world_process_zero()
-    trainer.add_callback(monitor)
-    try:
-        if main_process:
-            if "before" not in results:
-                before, text = monitor.examine("before", step=0)
-                results = {"model": recipe.MODEL, "dataset": recipe.DATASET, "seed": recipe.SEED, "before": before}
-                results["probe"] = {"question": recipe.PROBE_QUESTION, "before": text}
-            checkpoints.write_json(output / "results.json", results | {"finished": False})
-
-        # ---- train
-        with checkpoints.StopSignals(trainer) as stop:
-            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-        if stop.signal:
-            stop.leave(output, results | monitor.results())
-
-        # ---- save, after
-        checkpoints.save_trained(trainer, output, recipe.MAX_COMPLETION_TOKENS)
-        if main_process:
-            results["after"], results["probe"]["after"] = monitor.examine("after", trainer.state.global_step)
-            results |= monitor.results() | {"finished": True}
-            checkpoints.write_json(output / "results.json", results)
-            checkpoints.write_text(output / "README.md", model_card(checkpoints.describe_recipe(recipe), results))
-            monitor.print_summary(results)
-    except torch.OutOfMemoryError as error:
-        if not trainer.is_local_process_zero():  # maybe alone in this, and `run` lets only the first process speak
-            print(f"error: {out_of_memory}", file=sys.stderr, flush=True)
-        raise UserError(out_of_memory) from error
-    finally:
-        if main_process and monitor.history:
-            checkpoints.attempt(draw_curves, {output.name: monitor.history}, output / "curves.png")
-    checkpoints.end_together(trainer)
+    runs.train_and_measure(monitor, results, checkpoint)
 
 
 if __name__ == "__main__":

@@ -21,13 +21,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import train_grpo
-from engine import demo, pretraining
-from engine.console import UserError, check_ranges, check_types, constants_of, first_line, note, run
+from engine import demo, runs
+from engine.console import UserError, first_line, note, run
+from engine.constants import check_constants, constants_of
 from engine.numbers import is_label
-from engine.questions import load_questions
 
 if TYPE_CHECKING:  # imported where they are used: `--help` and the one-line errors need no seconds to start
     from datasets import Dataset
@@ -69,7 +69,7 @@ def sft_config(recipe: SimpleNamespace, on_cpu: bool, bf16: bool, accumulation: 
     from trl import SFTConfig
 
     config = SFTConfig(
-        **train_grpo.common_arguments(recipe, on_cpu, bf16, accumulation),
+        **runs.common_arguments(recipe, on_cpu, bf16, accumulation),
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": recipe.FINAL_RATE},
         completion_only_loss=True,  # said, for None would be decided by the first row
@@ -79,52 +79,27 @@ def sft_config(recipe: SimpleNamespace, on_cpu: bool, bf16: bool, accumulation: 
     return config
 
 
-def accumulation_steps(recipe: SimpleNamespace, processes: int) -> int:
-    """Forward passes per optimizer step and process. Raises UserError where they do not come out even."""
-    if recipe.ROWS_PER_STEP % (recipe.MICRO_BATCH * processes):
-        raise UserError(
-            f"ROWS_PER_STEP {recipe.ROWS_PER_STEP} cannot be split into MICRO_BATCH {recipe.MICRO_BATCH} on "
-            f"{processes} process(es); change one in train_sft.py so that {recipe.MICRO_BATCH * processes} divides it"
-        )
-    return recipe.ROWS_PER_STEP // (recipe.MICRO_BATCH * processes)
-
-
 # --------------------------------------------------------------------------------------------------- how a run goes
-def parse_flags(argv: list[str] | None) -> argparse.Namespace:
-    """How this run goes; what the experiment is stands in the constants above."""
-    parser = train_grpo.make_parser("supervised fine-tuning on traces", OUTPUT_DIR)
+def default_recipe() -> dict[str, Any]:
+    """The constants of this file and the shared ones, by name."""
+    shared = constants_of(train_grpo)
+    return {name: shared[name] for name in SHARED} | constants_of(sys.modules[__name__])
+
+
+def configure(argv: list[str] | None, constants: dict[str, Any]) -> tuple[argparse.Namespace, SimpleNamespace]:
+    """The flags and the checked constants of this run. Raises UserError for what cannot be."""
+    defaults = default_recipe()
+    parser = runs.make_parser("supervised fine-tuning on traces", defaults)
     parser.add_argument("--traces", help="what make_traces.py wrote (the demo's default: traces.jsonl in its output)")
     parser.add_argument("--mix", help='a file of {"messages": [...]} lines, conversations of other kinds')
     flags = parser.parse_args(argv)
     if not (flags.traces or flags.demo):
         raise UserError("--traces FILE is missing: name the traces.jsonl that make_traces.py wrote")
-    return flags
-
-
-def make_recipe(flags: argparse.Namespace) -> SimpleNamespace:
-    """The shared constants, those of this file, the demo's own where it is the demo, and the flags on top."""
-    shared = vars(train_grpo.make_recipe(flags))
-    recipe = {name: shared[name] for name in SHARED} | constants_of(sys.modules[__name__])
-    if flags.demo:
-        recipe |= demo.SFT_RECIPE
-    given = {"OUTPUT_DIR": flags.output, "MAX_STEPS": flags.max_steps, "TRACES": flags.traces}
-    recipe |= {name: value for name, value in given.items() if value is not None}
-    recipe.setdefault("TRACES", str(Path(recipe["OUTPUT_DIR"], "traces.jsonl")))
-    return SimpleNamespace(**recipe, MIX=flags.mix)
-
-
-def check_constants(flags: argparse.Namespace, recipe: SimpleNamespace) -> None:
-    """Raises UserError for the first constant, of this file or a shared one, of a wrong type or out of its range."""
-    check_types(recipe, sys.modules[__name__])
-    ranges = {  # of those that need not simply be above 0
-        "MIX_SHARE": ("from 0, below 1", 0 <= recipe.MIX_SHARE < 1),
-        "FINAL_RATE": ("from 0 to 1", 0 <= recipe.FINAL_RATE <= 1),
-        "WARMUP_STEPS": ("0 or more", recipe.WARMUP_STEPS >= 0),
-        "MAX_STEPS": ("-1, or 1 or more", recipe.MAX_STEPS == -1 or recipe.MAX_STEPS >= 1),
-    }
-    own = {name: getattr(recipe, name) for name in constants_of(sys.modules[__name__])}
-    check_ranges(own, ranges, "train_sft.py")
-    train_grpo.check_constants(train_grpo.make_recipe(flags))
+    recipe = runs.make_recipe(defaults, constants, flags, demo.RECIPE | demo.SFT_RECIPE)
+    recipe.TRACES, recipe.MIX = flags.traces or str(Path(recipe.OUTPUT_DIR, "traces.jsonl")), flags.mix
+    check_constants(vars(recipe), train_grpo, sys.modules[__name__])
+    runs.check_folders(recipe, flags.demo)
+    return flags, recipe
 
 
 # ------------------------------------------------------------------------------------------------- files -> rows
@@ -223,22 +198,10 @@ def draw_mix(conversations: list[dict], traces: int, share: float, seed: int) ->
     return random.Random(seed).sample(conversations, min(wanted, len(conversations)))
 
 
-# What to say when a GPU's memory is full, the cheapest first
-OUT_OF_MEMORY = (
-    "out of GPU memory; lower MICRO_BATCH (the step stays the same), lower EVAL_BATCH or set GRADIENT_CHECKPOINTING = "
-    "True in train_grpo.py, lower MAX_TOKENS, all of which --resume allows; or set USE_LORA = True in train_sft.py and "
-    "begin a new run"
-)
-
-
-def main(argv: list[str] | None = None) -> None:
-    flags = parse_flags(argv)
-    recipe = make_recipe(flags)
+def main(argv: list[str] | None = None, **constants: Any) -> None:
+    """Train. `constants` replace those above, and the shared ones, by name, for this run."""
+    flags, recipe = configure(argv, constants)  # refuses what it can before anything is loaded, written or deleted
     output = Path(recipe.OUTPUT_DIR)
-
-    # ---- what can be refused is refused before anything is loaded, written or deleted
-    check_constants(flags, recipe)
-    train_grpo.check_folders(flags, recipe)
     traces = read_rows(recipe.TRACES, "--traces", from_trace)
     mix = read_rows(recipe.MIX, "--mix", from_conversation) if recipe.MIX else []
     recipe.TRACES_READ, recipe.MIX_READ = fingerprint(traces), fingerprint(mix)  # --resume says where they differ
@@ -246,19 +209,20 @@ def main(argv: list[str] | None = None) -> None:
     from datasets import Dataset
     from transformers import PrinterCallback
 
-    from engine import checkpoints
+    from engine import checkpoints, pretraining
     from engine.curves import read_history
     from engine.models import load_model
     from engine.monitor import SftMonitor
+    from engine.questions import load_questions
     from engine.rollout import Rollout
     from engine.trainer import CarefulSFTTrainer
 
-    state, autocast = train_grpo.take_machine(flags, recipe.BF16)
-    accumulation = accumulation_steps(recipe, state.num_processes)
+    state, autocast = runs.start_processes(flags, recipe.BF16)
+    accumulation = runs.accumulation_steps(recipe, ("ROWS_PER_STEP",), state.num_processes)
     with state.main_process_first():
         checkpoint = checkpoints.find(output, recipe, flags.resume)
         if flags.demo:
-            pretraining.provide(output / "base", flags.model, flags.dataset)
+            pretraining.provide(output / "base", recipe.MODEL, recipe.DATASET)
 
     # ---- data, model, trainer
     test = load_questions(recipe.DATASET, "test")
@@ -272,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
         args=sft_config(recipe, state.device.type == "cpu", autocast is not None, accumulation),
         train_dataset=Dataset.from_list(traces + mix),
         processing_class=tokenizer,
-        peft_config=train_grpo.lora_config(recipe, model) if recipe.USE_LORA else None,
+        peft_config=runs.lora_config(recipe, model),
     )
     trainer.remove_callback(PrinterCallback)  # it would print ten keys a step
     checkpoints.check_disk(output, trainer.model, recipe.SAVE_LIMIT)
@@ -284,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
     monitor = SftMonitor(recipe, trainer, Rollout(recipe.FAST_ROLLOUT), test, begun, history)
     if state.is_main_process:
         monitor.print_header(f"{len(traces)} traces of {recipe.TRACES}, {len(mix)} conversations mixed in")
-    train_grpo.carry_out(monitor, results, checkpoint, OUT_OF_MEMORY)
+    runs.train_and_measure(monitor, results, checkpoint)
 
 
 if __name__ == "__main__":

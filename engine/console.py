@@ -1,13 +1,10 @@
 """How the program speaks: errors that a user can mend in one line, notes, and the start of every script."""
 
 import errno
-import math
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 class UserError(Exception):
@@ -66,67 +63,3 @@ def refuse_missing_folder(name: str, what: str) -> None:
         if inside_one:
             remedy += f" (if this is one, rename the folder {str(path.parent)!r}, in which it is looked for)"
         raise UserError(f"{what}: there is no folder {name!r}; mend the path, or {remedy}")
-
-
-def constants_of(script: ModuleType) -> dict[str, Any]:
-    """A script's constants, by name: what stands at its top in capitals with a type.
-
-    Raises:
-        UserError: a value in capitals without one, its type lost in editing: it would be passed over in silence.
-    """
-    types = get_type_hints(script)
-    for name, value in vars(script).items():
-        plain = name.isupper() and type(value) in (bool, int, float, str)
-        if plain and name not in types and name not in ("TYPE_CHECKING", "OUT_OF_MEMORY"):
-            script_name = Path(script.__file__).name
-            raise UserError(
-                f"{name} = {value!r} in {script_name} has no type and is not read; write `{name}: "
-                f"{type(value).__name__} = {value!r}`"
-            )
-    return {name: getattr(script, name) for name in types if name.isupper()}
-
-
-def check_types(recipe: SimpleNamespace, script: ModuleType) -> None:
-    """Raises UserError for the first constant of a recipe that is not of the type that `script` gives it."""
-    words = {str: "a text", bool: "True or False", int: "a whole number", float: "a number"}
-    words |= {list[str]: "a list of texts", tuple[float, float]: "two numbers"}
-    for name, kind in get_type_hints(script).items():
-        if name.isupper() and not is_a(value := getattr(recipe, name), kind):
-            allowed = words.get(kind) or f"one of {', '.join(map(repr, get_args(kind)))}"
-            raise UserError(f"{name} = {value!r} is not {allowed}; mend it in {Path(script.__file__).name}")
-
-
-# Constants that a flag overrides for one run
-FLAGS = {
-    "MODEL": "--model",
-    "DATASET": "--dataset",
-    "OUTPUT_DIR": "--output",
-    "SEED": "--seed",
-    "MAX_STEPS": "--max-steps",
-}
-
-
-def check_ranges(constants: dict[str, Any], ranges: dict[str, tuple[str, bool]], script: str) -> None:
-    """Raises UserError for the first constant out of its range; a number without one has to be above 0, a text filled.
-
-    Args:
-        ranges: name -> the range in words, and whether the constant is in it.
-        script: the file to mend, by its constant or by the flag that stands for it.
-    """
-    for name, value in constants.items():
-        number = type(value) in (int, float)
-        words, holds = ranges.get(name, ("above 0", value > 0) if number else ("a text", value != ""))
-        if not holds:
-            flag = f", or by {FLAGS[name]}" if name in FLAGS else ""
-            raise UserError(f"{name} = {value!r} is not {words}; mend it in {script}{flag}")
-
-
-def is_a(value: Any, kind: Any) -> bool:
-    """Whether a value is what an annotation says. True and NaN are no numbers, and a list holds no empty text."""
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if get_origin(kind) in (list, tuple):
-        return isinstance(value, list | tuple) and all(is_a(each, get_args(kind)[0]) and each != "" for each in value)
-    if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
-    return type(value) is kind

@@ -57,19 +57,20 @@ def is_ours(model: str) -> bool:
     return Path(model).name in SHAPES and Path(model).parent.name == "base"
 
 
-def provide(cache: Path, model: str | None, dataset: str | None) -> None:
+def provide(cache: Path, model: str, dataset: str) -> None:
     """Make what a run of the demo needs and nobody has made yet.
 
     Args:
         cache: of the run's output folder.
-        model, dataset: what `--model` and `--dataset` name.
+        model, dataset: the folders that the run reads.
     """
-    if model is None:
+    model_folder, data_folder = demo.folders(cache)
+    if model == model_folder:
         demo.make_demo(cache)
         return
     if is_ours(model):
         make_base(Path(model))
-    if dataset is None:  # written each time, in a moment, so that it cannot be stale
+    if dataset == data_folder:  # written each time, in a moment, so that it cannot be stale
         demo.save_questions(cache / "data")
 
 

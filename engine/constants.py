@@ -1,0 +1,114 @@
+"""The constants at the top of a script: read, changed for one run, and checked."""
+
+import math
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from engine.console import UserError
+
+# The flag that changes a constant for one run.
+FLAGS = {
+    "MODEL": "--model",
+    "DATASET": "--dataset",
+    "OUTPUT_DIR": "--output",
+    "SEED": "--seed",
+    "MAX_STEPS": "--max-steps",
+}
+# The range of a constant, in words and as a test. Any other number must be above 0, and any other text not empty.
+RANGES = {
+    "SEED": ("from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32),
+    "COMPLETIONS_PER_QUESTION": ("2 or more: one is its own baseline", lambda value: value >= 2),
+    "WARMUP_STEPS": ("0 or more", lambda value: value >= 0),
+    "ADAM_BETAS": ("two from 0, below 1", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value)),
+    "WEIGHT_DECAY": ("0 or more", lambda value: value >= 0),
+    "MAX_GRAD_NORM": ("0 or more", lambda value: value >= 0),
+    "MAX_STEPS": ("-1, or 1 or more", lambda value: value == -1 or value >= 1),
+    "BETA": ("0 or more", lambda value: value >= 0),
+    "LORA_DROPOUT": ("from 0, below 1", lambda value: 0 <= value < 1),
+    "LORA_MODULES": ("one name or more", lambda value: value != []),
+    "REWARD_MODEL": ("a text", lambda value: True),  # "" means that there is none
+    "MIX_SHARE": ("from 0, below 1", lambda value: 0 <= value < 1),
+    "FINAL_RATE": ("from 0 to 1", lambda value: 0 <= value <= 1),
+}
+WORDS = {
+    str: "a text",
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    list[str]: "a list of texts",
+    tuple[float, float]: "two numbers",
+}
+
+
+def constants_of(script: ModuleType) -> dict[str, Any]:
+    """The constants of a script by name: what stands at its top in capitals with a type.
+
+    Raises:
+        UserError: a value in capitals without a type. It lost the type in editing, and would be ignored silently.
+    """
+    types = get_type_hints(script)
+    for name, value in vars(script).items():
+        plain = name.isupper() and type(value) in (bool, int, float, str)
+        if plain and name not in types and name != "TYPE_CHECKING":
+            raise UserError(
+                f"{name} = {value!r} in {Path(script.__file__).name} has no type and is not read; write `{name}: "
+                f"{type(value).__name__} = {value!r}`"
+            )
+    return {name: getattr(script, name) for name in types if name.isupper()}
+
+
+def make_recipe(
+    constants: dict[str, Any], demo: dict[str, Any], given: dict[str, Any], flags: dict[str, Any]
+) -> SimpleNamespace:
+    """The constants of one run. What comes later in the arguments wins.
+
+    Args:
+        constants: the script's own.
+        demo: those that the demo changes; {} where this is not the demo.
+        given: the keyword arguments of `main`.
+        flags: the values of the flags by the constant they change; None where a flag was not given.
+
+    Raises:
+        UserError: `given` names a constant that there is not.
+    """
+    for name in given:
+        if name not in constants:
+            raise UserError(f"there is no constant {name!r} to set; there are {', '.join(sorted(constants))}")
+    flags = {name: value for name, value in flags.items() if value is not None}
+    return SimpleNamespace(**constants | demo | given | flags)
+
+
+def check_constants(constants: dict[str, Any], *scripts: ModuleType) -> None:
+    """Check the type and the range of every constant that one of these scripts defines; a later script's type wins.
+
+    Raises:
+        UserError: the first constant of a wrong type or out of its range, with the file to mend.
+    """
+    defined = {
+        name: (kind, Path(script.__file__).name)
+        for script in scripts
+        for name, kind in get_type_hints(script).items()
+        if name in constants
+    }
+    for name, (kind, file) in defined.items():
+        value = constants[name]
+        if not is_a(value, kind):
+            allowed = WORDS.get(kind) or f"one of {', '.join(map(repr, get_args(kind)))}"
+            raise UserError(f"{name} = {value!r} is not {allowed}; mend it in {file}")
+        default = ("above 0", lambda value: value > 0) if type(value) in (int, float) else ("a text", bool)
+        words, holds = RANGES.get(name, (None, lambda value: True) if isinstance(value, bool) else default)
+        if not holds(value):
+            flag = f", or by {FLAGS[name]}" if name in FLAGS else ""
+            raise UserError(f"{name} = {value!r} is not {words}; mend it in {file}{flag}")
+
+
+def is_a(value: Any, kind: Any) -> bool:
+    """Whether a value fits an annotation. True and NaN are no numbers, and a list holds no empty text."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) in (list, tuple):
+        return isinstance(value, list | tuple) and all(is_a(each, get_args(kind)[0]) and each != "" for each in value)
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind

@@ -1,0 +1,252 @@
+"""What the two training scripts share: flags, folders, devices, LoRA, and the run from `before` to `after`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from engine import constants, demo, pretraining
+from engine.console import UserError, refuse_missing_folder
+
+if TYPE_CHECKING:  # imported where they are used: `--help` and the one-line errors need no seconds to start
+    import torch
+    from accelerate import PartialState
+    from peft import LoraConfig
+    from transformers import PreTrainedModel
+
+    from engine.monitor import Watch
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # before any of these libraries is imported
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warning about forks helps nobody here
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+warnings.filterwarnings("ignore", category=FutureWarning)  # what these libraries tell each other about renamed options
+
+
+# ------------------------------------------------------------------------------------------- what is asked for
+def make_parser(description: str, defaults: dict[str, Any]) -> argparse.ArgumentParser:
+    """The flags of a training run.
+
+    Args:
+        defaults: the constants that the flags change, to be shown in the help.
+    """
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--model", help=f"hub id or folder (default: {defaults['MODEL']})")
+    parser.add_argument("--dataset", help=f"hub id, folder or file (default: {defaults['DATASET']})")
+    parser.add_argument(
+        "--output",
+        help=f"where this run writes (default: {defaults['OUTPUT_DIR']}, the demo: {demo.RECIPE['OUTPUT_DIR']})",
+    )
+    parser.add_argument("--max-steps", type=int, help="stop after so many optimizer steps")
+    parser.add_argument("--seed", type=int, help=f"another seed (default: {defaults['SEED']})")
+    parser.add_argument("--resume", action="store_true", help="continue the newest complete checkpoint in the output")
+    parser.add_argument("--demo", action="store_true", help="a tiny model on made problems: minutes, any machine")
+    parser.add_argument("--cpu", action="store_true", help="stay on the CPU (very slow, except for the demo)")
+    return parser
+
+
+def make_recipe(
+    defaults: dict[str, Any], given: dict[str, Any], flags: argparse.Namespace, demo_changes: dict[str, Any]
+) -> SimpleNamespace:
+    """The constants of this run: the script's, the demo's where it is the demo, those given to `main`, the flags.
+
+    Raises:
+        UserError: `given` names a constant that there is not.
+    """
+    by_flag = {"MODEL": flags.model, "DATASET": flags.dataset, "OUTPUT_DIR": flags.output, "SEED": flags.seed}
+    by_flag["MAX_STEPS"] = getattr(flags, "max_steps", None)  # make_traces.py takes no steps
+    changes = {}
+    if flags.demo:
+        output = flags.output or given.get("OUTPUT_DIR") or demo_changes["OUTPUT_DIR"]
+        model, dataset = demo.folders(Path(output, "base"))
+        changes = {"MODEL": model, "DATASET": dataset} | demo_changes
+        changes = {name: value for name, value in changes.items() if name in defaults}
+    return constants.make_recipe(defaults, changes, given, by_flag)
+
+
+def check_folders(recipe: SimpleNamespace, is_demo: bool) -> None:
+    """Raises UserError for a model or a data set that can only be a folder and is not there.
+
+    The demo makes its own folders, and the base models that it names.
+    """
+    made = demo.folders(Path(recipe.OUTPUT_DIR, "base")) if is_demo else ()
+    for name in ("MODEL", "DATASET"):
+        value = getattr(recipe, name)
+        if value not in made and not (is_demo and pretraining.is_ours(value)):
+            refuse_missing_folder(value, f"{name} (--{name.lower()})")
+
+
+# -------------------------------------------------------------------------------------- constants -> the libraries'
+def common_arguments(recipe: SimpleNamespace, on_cpu: bool, bf16: bool, accumulation: int) -> dict[str, Any]:
+    """The constants that any of TRL's trainers takes, under the names of its configuration."""
+    return {
+        "output_dir": recipe.OUTPUT_DIR,
+        "seed": recipe.SEED,
+        "use_cpu": on_cpu,
+        "bf16": bf16,
+        "per_device_train_batch_size": recipe.MICRO_BATCH,
+        "gradient_accumulation_steps": accumulation,
+        "activation_checkpointing": recipe.GRADIENT_CHECKPOINTING,
+        "learning_rate": recipe.LORA_LEARNING_RATE if recipe.USE_LORA else recipe.LEARNING_RATE,
+        "warmup_steps": recipe.WARMUP_STEPS,
+        "adam_beta1": recipe.ADAM_BETAS[0],
+        "adam_beta2": recipe.ADAM_BETAS[1],
+        "weight_decay": recipe.WEIGHT_DECAY,
+        "max_grad_norm": recipe.MAX_GRAD_NORM,
+        "num_train_epochs": recipe.EPOCHS,
+        "max_steps": recipe.MAX_STEPS,
+        "save_steps": recipe.SAVE_EVERY,
+        "save_total_limit": recipe.SAVE_LIMIT,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # a loss that is not finite has to be seen
+        "ddp_find_unused_parameters": False,  # every parameter takes part in every step
+        "report_to": recipe.REPORT_TO,  # the monitor writes TensorBoard's curves
+        "disable_tqdm": True,  # and the lines on the console
+    }
+
+
+def lora_config(recipe: SimpleNamespace, model: PreTrainedModel) -> LoraConfig | None:
+    """The LoRA constants under PEFT's names; None where all weights are trained.
+
+    Raises:
+        UserError: LORA_MODULES names a module that `model` does not have.
+    """
+    if not recipe.USE_LORA:
+        return None
+    import torch
+    from peft import LoraConfig
+
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    there = sorted({name.split(".")[-1] for name in linear})
+    for name in recipe.LORA_MODULES:
+        if name not in there:
+            raise UserError(f"LORA_MODULES: this model has no {name!r} (it has: {', '.join(there)}); mend the list")
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=recipe.LORA_RANK,
+        lora_alpha=recipe.LORA_ALPHA,
+        lora_dropout=recipe.LORA_DROPOUT,
+        target_modules=recipe.LORA_MODULES,
+    )
+
+
+def accumulation_steps(recipe: SimpleNamespace, step: tuple[str, ...], processes: int) -> int:
+    """Forward passes per optimizer step and process. A step does not depend on the number of GPUs.
+
+    Args:
+        step: the constants whose product is the number of rows of one optimizer step.
+
+    Raises:
+        UserError: these rows do not divide into the micro batches of all processes.
+    """
+    rows = math.prod(getattr(recipe, name) for name in step)
+    at_once = recipe.MICRO_BATCH * processes
+    if rows % at_once:
+        product = " x ".join(f"{name} {getattr(recipe, name)}" for name in step)
+        raise UserError(
+            f"{product} = {rows} rows a step cannot be split into MICRO_BATCH {recipe.MICRO_BATCH} on {processes} "
+            f"process(es); change one so that {at_once} divides it"
+        )
+    return rows // at_once
+
+
+def start_processes(flags: argparse.Namespace, bf16: bool) -> tuple[PartialState, torch.dtype | None]:
+    """The processes of this run on their devices, and the dtype of autocast there (None: float32).
+
+    Raises:
+        UserError: there is no GPU, and neither --demo nor --cpu was given.
+    """
+    import torch
+    from accelerate import PartialState
+
+    from engine.models import pick_device
+
+    device, autocast = pick_device(flags.cpu, bf16)
+    on_cpu = device.type == "cpu"
+    if on_cpu and not (flags.demo or flags.cpu):
+        raise UserError(
+            "no CUDA GPU found (no driver, or a torch built without CUDA?); "
+            "--demo trains a tiny model on any machine, --cpu trains this one, very slowly"
+        )
+    if on_cpu and flags.demo:
+        torch.set_num_threads(min(torch.get_num_threads(), 2))  # a tiny model has no work for more than two
+    # `accelerate config` may have stored another answer, which accelerate would follow where bf16 is off
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if autocast else "no"
+    # while the main process evaluates, the others wait for it
+    return PartialState(cpu=on_cpu, timeout=timedelta(minutes=30)), autocast
+
+
+# ------------------------------------------------------------------------------------------------------ the run
+# What frees memory, the cheapest first. Only the constants that a recipe has are offered.
+FREES_MEMORY = {
+    "MICRO_BATCH": "lower MICRO_BATCH (the step stays the same)",
+    "EVAL_BATCH": "lower EVAL_BATCH",
+    "GRADIENT_CHECKPOINTING": "set GRADIENT_CHECKPOINTING = True",
+    "BETA": "set BETA = 0.0",
+    "MAX_TOKENS": "lower MAX_TOKENS",
+    "MAX_COMPLETION_TOKENS": "lower MAX_COMPLETION_TOKENS",
+    "QUESTIONS_PER_STEP": "lower QUESTIONS_PER_STEP",
+}
+
+
+def train_and_measure(monitor: Watch, results: dict, checkpoint: Path | None) -> None:
+    """Measure the model, train it, save it, measure it again. However this ends, the curves are drawn.
+
+    Args:
+        monitor: watches the run, and knows its trainer and its folder.
+        results: what an earlier start of this run has measured; {} for a new run.
+        checkpoint: what the run continues; None for a new run.
+
+    Raises:
+        UserError: a GPU's memory is full; the message names the constants that free some.
+    """
+    import torch
+
+    from engine import checkpoints
+    from engine.curves import draw_curves
+    from engine.model_card import model_card
+
+    recipe, trainer, output = monitor.recipe, monitor.trainer, monitor.output
+    main_process = trainer.is_world_process_zero()
+    trainer.add_callback(monitor)
+    try:
+        # ---- before
+        if main_process:
+            if "before" not in results:
+                before, text = monitor.examine("before", step=0)
+                results = {"model": recipe.MODEL, "dataset": recipe.DATASET, "seed": recipe.SEED, "before": before}
+                results["probe"] = {"question": recipe.PROBE_QUESTION, "before": text}
+            checkpoints.write_json(output / "results.json", results | {"finished": False})
+
+        # ---- train
+        with checkpoints.StopSignals(trainer) as stop:
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        if stop.signal:
+            stop.leave(output, results | monitor.results())
+
+        # ---- save, after
+        checkpoints.save_trained(trainer, output, recipe.MAX_COMPLETION_TOKENS)
+        if main_process:
+            results["after"], results["probe"]["after"] = monitor.examine("after", trainer.state.global_step)
+            results |= monitor.results() | {"finished": True}
+            checkpoints.write_json(output / "results.json", results)
+            checkpoints.write_text(output / "README.md", model_card(checkpoints.describe_recipe(recipe), results))
+            monitor.print_summary(results)
+    except torch.OutOfMemoryError as error:
+        remedies = ", ".join(remedy for name, remedy in FREES_MEMORY.items() if hasattr(recipe, name))
+        out_of_memory = (
+            f"out of GPU memory; {remedies}, all of which --resume allows; or set USE_LORA = True in a new run"
+        )
+        if not trainer.is_local_process_zero():  # `console.run` lets only the first process of a machine speak
+            print(f"error: {out_of_memory}", file=sys.stderr, flush=True)
+        raise UserError(out_of_memory) from error
+    finally:
+        if main_process and monitor.history:
+            checkpoints.attempt(draw_curves, {output.name: monitor.history}, output / "curves.png")
+    checkpoints.end_together(trainer)
