@@ -30,7 +30,6 @@ from engine.constants import check_constants, constants_of
 from engine.numbers import is_label
 
 if TYPE_CHECKING:  # imported where they are used: `--help` and the one-line errors need no seconds to start
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
     from trl import SFTConfig
 
@@ -58,8 +57,8 @@ LORA_LEARNING_RATE: float = 1e-4  # an adapter wants about ten times the rate of
 # What train_grpo.py says holds here too, the demo's values where it is the demo
 SHARED = (
     "MODEL DATASET SEED MAX_COMPLETION_TOKENS BF16 GRADIENT_CHECKPOINTING ADAM_BETAS WEIGHT_DECAY MAX_GRAD_NORM "
-    "LORA_RANK LORA_ALPHA LORA_DROPOUT LORA_MODULES SAVE_EVERY SAVE_LIMIT EVAL_EVERY EVAL_QUESTIONS EVAL_BATCH "
-    "PROBE_QUESTION FAST_ROLLOUT REPORT_TO"
+    "SYSTEM_PROMPT EXAMPLE LORA_RANK LORA_ALPHA LORA_DROPOUT LORA_MODULES SAVE_EVERY SAVE_LIMIT EVAL_EVERY EVAL_BATCH "
+    "DEV_QUESTIONS PROBE_QUESTION FAST_ROLLOUT REPORT_TO"
 ).split()
 
 
@@ -82,7 +81,7 @@ def sft_config(recipe: SimpleNamespace, on_cpu: bool, bf16: bool, accumulation: 
 # --------------------------------------------------------------------------------------------------- how a run goes
 def default_recipe() -> dict[str, Any]:
     """The constants of this file and the shared ones, by name."""
-    shared = constants_of(train_grpo)
+    shared = train_grpo.default_recipe()
     return {name: shared[name] for name in SHARED} | constants_of(sys.modules[__name__])
 
 
@@ -163,23 +162,22 @@ def messages_of(line: dict, name: str) -> list[dict]:
 
 
 def keep_usable(
-    rows: list[dict], flag: str, tokenizer: "PreTrainedTokenizerBase", test: "Dataset", recipe: SimpleNamespace
+    rows: list[dict], flag: str, tokenizer: "PreTrainedTokenizerBase", held_out: set[str], recipe: SimpleNamespace
 ) -> list[dict]:
-    """The rows that are short enough and give away no test question; how many fall, and why, is said.
+    """The rows that are short enough and give away no held-out question; a note says how many fall, and why.
 
     Raises:
         UserError: none is left.
     """
     from engine.models import count_tokens
 
-    asked = {prompt[-1]["content"] for prompt in test["prompt"]}
     limits = f"longer than MAX_TOKENS {recipe.MAX_TOKENS} or MAX_COMPLETION_TOKENS {recipe.MAX_COMPLETION_TOKENS}"
-    fallen, kept = {limits: 0, "on questions of the test split": 0}, []
+    fallen, kept = {limits: 0, "on test or development questions": 0}, []
     for row, (prompt, completion) in zip(rows, count_tokens(tokenizer, rows), strict=True):
         if prompt + completion > recipe.MAX_TOKENS or completion > recipe.MAX_COMPLETION_TOKENS:
             fallen[limits] += 1
-        elif row["prompt"][-1]["content"] in asked:
-            fallen["on questions of the test split"] += 1
+        elif row["prompt"][-1]["content"] in held_out:
+            fallen["on test or development questions"] += 1
         else:
             kept.append(row)
     said = ", ".join(f"{count} {why}" for why, count in fallen.items() if count)
@@ -213,7 +211,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     from engine.curves import read_history
     from engine.models import load_model
     from engine.monitor import SftMonitor
-    from engine.questions import load_questions
+    from engine.questions import load_splits
     from engine.rollout import Rollout
     from engine.trainer import CarefulSFTTrainer
 
@@ -225,11 +223,12 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
             pretraining.provide(output / "base", recipe.MODEL, recipe.DATASET)
 
     # ---- data, model, trainer
-    test = load_questions(recipe.DATASET, "test")
-    model, tokenizer = load_model(recipe.MODEL)
-    traces = keep_usable(traces, "--traces", tokenizer, test, recipe)
+    _, dev, test = load_splits(recipe.DATASET, recipe.DEV_QUESTIONS)
+    model, tokenizer = load_model(recipe.MODEL, prompt=runs.prompt_turns(recipe))
+    held_out = {prompt[-1]["content"] for questions in (dev, test) for prompt in questions["prompt"]}
+    traces = keep_usable(traces, "--traces", tokenizer, held_out, recipe)
     if mix:
-        mix = keep_usable(mix, "--mix", tokenizer, test, recipe)
+        mix = keep_usable(mix, "--mix", tokenizer, held_out, recipe)
         mix = draw_mix(mix, len(traces), recipe.MIX_SHARE, recipe.SEED)
     trainer = CarefulSFTTrainer(
         model=model,
@@ -245,7 +244,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     results = checkpoints.begin(output, recipe, checkpoint) if state.is_main_process else {}
     begun = checkpoints.step_of(checkpoint) if checkpoint else 0
     history = read_history(output, until=begun) if checkpoint else []
-    monitor = SftMonitor(recipe, trainer, Rollout(recipe.FAST_ROLLOUT), test, begun, history)
+    monitor = SftMonitor(recipe, trainer, Rollout(recipe.FAST_ROLLOUT), dev, test, begun, history)
     if state.is_main_process:
         monitor.print_header(f"{len(traces)} traces of {recipe.TRACES}, {len(mix)} conversations mixed in")
     runs.train_and_measure(monitor, results, checkpoint)

@@ -15,36 +15,13 @@ if TYPE_CHECKING:  # imported where it is used: `--help` and the one-line errors
 LARGEST_ANSWER = 10**15  # beyond it a label that some reader made a float is no longer exact
 
 
-def to_conversation(question: str, system: str | None = None, example: list[dict] | None = None) -> list[dict]:
-    """The messages sent for one question. A plain string would get no chat template in TRL and never stop.
+def to_prompt(question: str, system: str | None = None) -> list[dict]:
+    """The messages for one question. Without `system` the model's chat template adds the prompt of its training.
 
-    Args:
-        system: in the place of SYSTEM_PROMPT.
-        example: turns in the place of EXAMPLE.
+    A plain string would get no chat template in TRL, and its answers would never end.
     """
-    system = prompts.SYSTEM_PROMPT if system is None else system
-    example = prompts.EXAMPLE if example is None else example
-    return [{"role": "system", "content": system}, *example, {"role": "user", "content": question}]
-
-
-def prompt_of(trained: dict) -> dict:
-    """`system` and `example` of `to_conversation`, as a model was trained; None, this file's, where that is not known.
-
-    Args:
-        trained: its recipe.json; {} where there is none.
-    """
-    return {"system": trained.get("SYSTEM_PROMPT"), "example": trained.get("EXAMPLE")}
-
-
-def check_prompt(trained: dict) -> None:
-    """Say in a line where a model was trained under another prompt than this file has: it is asked under its own.
-
-    Args:
-        trained: its recipe.json; {} where there is none.
-    """
-    for name, value in {"SYSTEM_PROMPT": prompts.SYSTEM_PROMPT, "EXAMPLE": prompts.EXAMPLE}.items():
-        if trained.get(name, value) != value:
-            note(f"this model is asked under the {name} of its training; prompts.py has another one by now")
+    before = [{"role": "system", "content": system}] if system is not None else []
+    return [*before, {"role": "user", "content": question}]
 
 
 def to_row(question: str, answer: int) -> dict:
@@ -74,9 +51,7 @@ def read_split(dataset: str, split: str) -> Dataset:
     return data[split]
 
 
-def load_questions(
-    dataset: str, split: str, unlabelled: bool = False, system: str | None = None, example: list[dict] | None = None
-) -> Dataset:
+def load_questions(dataset: str, split: str, unlabelled: bool = False) -> Dataset:
     """A checked split with the columns `prompt` (messages) and `answer` (int), each question once.
 
     A repeated row is dropped. Where labels of one question differ, at most one can be right and nobody knows which:
@@ -84,7 +59,6 @@ def load_questions(
 
     Args:
         unlabelled: take rows without a label too; their `answer` is None and their system prompt OPEN_SYSTEM_PROMPT.
-        system: as in `to_conversation`, of rows with a label; so is `example`.
 
     Raises:
         UserError: an unreadable data set, a missing split or column, an empty split, a row without a question
@@ -124,10 +98,28 @@ def load_questions(
     kept = {question: label for question, label in labels.items() if question not in contradicted}
     if not kept:
         raise UserError(f"{where} has no usable row; pass another --dataset")
-    conversations = [
-        to_conversation(question, prompts.OPEN_SYSTEM_PROMPT, [])
-        if label is None
-        else to_conversation(question, system, example)
-        for question, label in kept.items()
-    ]
-    return Dataset.from_dict({"prompt": conversations, "answer": list(kept.values())})
+    asked = [to_prompt(question, prompts.OPEN_SYSTEM_PROMPT if kept[question] is None else None) for question in kept]
+    return Dataset.from_dict({"prompt": asked, "answer": list(kept.values())})
+
+
+def load_splits(dataset: str, dev: int, unlabelled: bool = False) -> tuple[Dataset, Dataset, Dataset]:
+    """The questions to train on, the development questions, and the test questions, as `load_questions` gives them.
+
+    The development questions are the last `dev` training questions with a label, but at most a fifth of these. Where
+    the data set has a split `validation`, they are that split, and all training questions are trained on.
+
+    Raises:
+        UserError: as in `load_questions`, or too few questions with a label.
+    """
+    train, test = load_questions(dataset, "train", unlabelled), load_questions(dataset, "test")
+    if has_split(dataset, "validation"):
+        return train, load_questions(dataset, "validation"), test
+    labelled = [index for index, label in enumerate(train["answer"]) if label is not None]
+    count = min(dev, len(labelled) // 5)
+    if count == 0:
+        raise UserError(
+            f"the data set {dataset!r} has {len(labelled)} training questions with a label, too few to keep one in five "
+            "for development; give it more, or a split 'validation'"
+        )
+    kept_out = set(labelled[-count:])
+    return train.select([i for i in range(len(train)) if i not in kept_out]), train.select(sorted(kept_out)), test

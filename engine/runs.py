@@ -13,7 +13,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from engine import constants, demo, pretraining
-from engine.console import UserError, refuse_missing_folder
+from engine.console import UserError, note, refuse_missing_folder
+from engine.templates import prompt_of
 
 if TYPE_CHECKING:  # imported where they are used: `--help` and the one-line errors need no seconds to start
     import torch
@@ -21,7 +22,7 @@ if TYPE_CHECKING:  # imported where they are used: `--help` and the one-line err
     from peft import LoraConfig
     from transformers import PreTrainedModel
 
-    from engine.monitor import Watch
+    from engine.monitor import RunMonitor
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # before any of these libraries is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warning about forks helps nobody here
@@ -56,6 +57,8 @@ def make_recipe(
 ) -> SimpleNamespace:
     """The constants of this run: the script's, the demo's where it is the demo, those given to `main`, the flags.
 
+    A model that carries a prompt is asked under that one, whatever prompts.py says.
+
     Raises:
         UserError: `given` names a constant that there is not.
     """
@@ -67,7 +70,17 @@ def make_recipe(
         model, dataset = demo.folders(Path(output, "base"))
         changes = {"MODEL": model, "DATASET": dataset} | demo_changes
         changes = {name: value for name, value in changes.items() if name in defaults}
-    return constants.make_recipe(defaults, changes, given, by_flag)
+    recipe = constants.make_recipe(defaults, changes, given, by_flag)
+    turns = prompt_of(recipe.MODEL, untrained=prompt_turns(recipe))
+    if turns != prompt_turns(recipe):
+        note(f"{recipe.MODEL!r} is asked under the prompt of its training; prompts.py has another one")
+        recipe.SYSTEM_PROMPT, recipe.EXAMPLE = turns[0]["content"], turns[1:]
+    return recipe
+
+
+def prompt_turns(recipe: SimpleNamespace) -> list[dict]:
+    """The turns before a question, for a model that carries none."""
+    return [{"role": "system", "content": recipe.SYSTEM_PROMPT}, *recipe.EXAMPLE]
 
 
 def check_folders(recipe: SimpleNamespace, is_demo: bool) -> None:
@@ -195,7 +208,7 @@ FREES_MEMORY = {
 }
 
 
-def train_and_measure(monitor: Watch, results: dict, checkpoint: Path | None) -> None:
+def train_and_measure(monitor: RunMonitor, results: dict, checkpoint: Path | None) -> None:
     """Measure the model, train it, save it, measure it again. However this ends, the curves are drawn.
 
     Args:
@@ -219,7 +232,7 @@ def train_and_measure(monitor: Watch, results: dict, checkpoint: Path | None) ->
         # ---- before
         if main_process:
             if "before" not in results:
-                before, text = monitor.examine("before", step=0)
+                before, text = monitor.measure_model("before", step=0)
                 results = {"model": recipe.MODEL, "dataset": recipe.DATASET, "seed": recipe.SEED, "before": before}
                 results["probe"] = {"question": recipe.PROBE_QUESTION, "before": text}
             checkpoints.write_json(output / "results.json", results | {"finished": False})
@@ -233,7 +246,7 @@ def train_and_measure(monitor: Watch, results: dict, checkpoint: Path | None) ->
         # ---- save, after
         checkpoints.save_trained(trainer, output, recipe.MAX_COMPLETION_TOKENS)
         if main_process:
-            results["after"], results["probe"]["after"] = monitor.examine("after", trainer.state.global_step)
+            results["after"], results["probe"]["after"] = monitor.measure_model("after", trainer.state.global_step)
             results |= monitor.results() | {"finished": True}
             checkpoints.write_json(output / "results.json", results)
             checkpoints.write_text(output / "README.md", model_card(checkpoints.describe_recipe(recipe), results))
