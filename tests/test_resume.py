@@ -1,4 +1,4 @@
-"""A resumed run asks the questions that an undisturbed one asks, in whatever pass it was stopped; small things of a GPU."""
+"""A resumed run asks what an undisturbed one asks, in whatever pass it was stopped; and the memory of a GPU."""
 
 import json
 import os
@@ -9,12 +9,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
+from test_rollout import MIXED, FakeCuda, make_model, make_tokenizer, replayed
 from trl.trainer.utils import RepeatSampler
 
 import train_grpo
-from engine.rollout import Rollout
+from engine import models, rollout
+from engine.rollout import Rollout, Sampler
 from prompts import QUESTION_COLUMN
 
 # Twelve questions, four a step: a pass is three steps, and the run has three passes.
@@ -95,7 +98,7 @@ def test_each_pass_has_every_question_once_in_an_order_of_its_own(whole_run, fla
 
 @pytest.mark.parametrize("step", [PASS, PASS + 1, 2 * PASS, 2 * PASS + 2])
 def test_resumed_in_a_later_pass(train, whole_run, tmp_path, step):
-    """At the end or in the middle of a pass: --resume asks the same questions and ends with the same bits of weights."""
+    """At the end or in the middle of a pass, --resume asks the same and ends with the same weights, bit by bit."""
     output = killed_after(step, whole_run.output, tmp_path / "run")
     assert train(output, "--resume") == whole_run.asked[step:]
     assert_same_weights(output, whole_run.output)
@@ -136,3 +139,80 @@ def test_two_processes_resumed_in_the_middle_of_a_later_pass(flags, tmp_path):
     assert start(output, "--resume") == [steps[PASS + 1 :] for steps in whole]
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "resumed")]
     assert weights[0] == weights[1]
+
+
+# ------------------------------------------------------------------------------------------------- memory of a GPU
+def test_room_is_made_only_beside_training(monkeypatch):
+    """On a full card the captured batch goes where something trains, and stays where nothing does (evaluate.py ...)."""
+    monkeypatch.setattr(rollout, "_free_share", lambda device, spoken_for: 0.1)
+    for to_come, kept in ((None, True), (lambda: 0, False)):
+        sampler = replayed(Sampler(make_model().eval(), make_tokenizer()))
+        sampler.to_come = to_come
+        sampler.generate(MIXED, 10)
+        assert (sampler.batch is not None) == kept == bool(sampler.graphs)
+
+
+def test_what_is_still_to_come_is_not_free(monkeypatch):
+    """A trainer's sampler counts 12 bytes a trained parameter before the first step, then 4, and its graphs' pool."""
+    model = make_model()
+    model.model.embed_tokens.weight.requires_grad = False
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    trainer = SimpleNamespace(model=model, processing_class=make_tokenizer(), optimizer=None)
+    trainer.args = SimpleNamespace(bf16=False)
+    trainer.accelerator = SimpleNamespace(unwrap_model=lambda model, **_: model)
+    sampler, asked = replayed(Rollout().sampler(trainer)), []
+    monkeypatch.setattr(rollout, "_free_share", lambda device, spoken_for: asked.append(spoken_for) or 1.0)
+    optimizer = torch.optim.AdamW(weight for weight in model.parameters() if weight.requires_grad)
+    for state in ("no optimizer yet", "no step yet", "trained"):
+        if state == "trained":
+            model(input_ids=torch.tensor([[2, 3]]), labels=torch.tensor([[2, 3]])).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        sampler.generate(MIXED, 10)
+        for graph in sampler.graphs.values():
+            graph.pooled = 1000  # as if the capture had taken that from the card
+        trainer.optimizer = optimizer
+    assert asked == [12 * trained, 12 * trained + 1000, 4 * trained + 1000]
+
+
+def test_free_share(monkeypatch):
+    """Of 24 GB: 10 that nobody holds and 3 that PyTorch holds unused, of which 7 are not free in truth: a quarter."""
+    gb = {"mem_get_info": (10, 24), "memory_reserved": 14, "memory_allocated": 11}
+    for name, value in gb.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert rollout._free_share(torch.device("cuda", 0), 7) == 6 / 24
+
+
+@pytest.mark.parametrize("error", [RuntimeError("not permitted when stream is capturing"), torch.OutOfMemoryError()])
+def test_failed_capture_gives_its_pool_back(monkeypatch, error):
+    """The allocator's pool is ended and released, or it would believe in a capture for ever and keep its cache."""
+    called = []
+    FakeCuda(monkeypatch, error)
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda *arguments, name=name: called.append((name, *arguments)))
+    sampler = Sampler(make_model(), make_tokenizer())
+    sampler._replays = lambda: sampler.use_graph
+    try:
+        sampler.generate(MIXED, 10)
+    except torch.OutOfMemoryError:
+        assert isinstance(error, torch.OutOfMemoryError)
+    assert called == [("_cuda_endAllocateToPool", None, (0, 1)), ("_cuda_releasePool", None, (0, 1))]
+
+
+# -------------------------------------------------------------------------------------------------------- the start
+def test_prompts_are_measured_in_one_call():
+    """All prompts go to the tokenizer at once, and the same questions are kept as one by one."""
+
+    class Letters:
+        """A tokenizer of one token per character, which counts its calls."""
+
+        calls = 0
+
+        def apply_chat_template(self, conversations, **_):
+            self.calls += 1
+            return {"input_ids": [list(messages[-1]["content"]) for messages in conversations]}
+
+    prompts = [[{"role": "user", "content": "x" * length}] for length in (5, 257, 256, 9)]
+    letters = Letters()
+    kept = models.drop_long(Dataset.from_dict({"prompt": prompts, "answer": [0, 1, 2, 3]}), letters, 256, 3)
+    assert kept["answer"][:] == [0, 2, 3] and letters.calls == 1
