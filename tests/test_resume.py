@@ -8,15 +8,18 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import check_gpu
 import pytest
 import torch
 from conftest import ROOT
 from datasets import Dataset, load_from_disk
 from test_rollout import MIXED, FakeCuda, make_model, make_tokenizer, replayed
+from transformers import AutoTokenizer
 from trl.trainer.utils import RepeatSampler
 
 import train_grpo
 from engine import models, rollout
+from engine.questions import to_conversation
 from engine.rollout import Rollout, Sampler
 from prompts import QUESTION_COLUMN
 
@@ -216,3 +219,14 @@ def test_prompts_are_measured_in_one_call():
     letters = Letters()
     kept = models.drop_long(Dataset.from_dict({"prompt": prompts, "answer": [0, 1, 2, 3]}), letters, 256, 3)
     assert kept["answer"][:] == [0, 2, 3] and letters.calls == 1
+
+
+# ------------------------------------------------------------------------------------------------ studies/check_gpu.py
+def test_check_gpu_asks_the_longest_prompts(demo_base):
+    """Its questions differ, and nearly all prompts are as long as MAX_PROMPT_TOKENS allows, none too long by much."""
+    tokenizer, limit = AutoTokenizer.from_pretrained(demo_base / "model"), train_grpo.MAX_PROMPT_TOKENS
+    texts = check_gpu.longest_questions(tokenizer, limit)
+    lengths = [len(ids) for ids in models.encode(tokenizer, [to_conversation(text) for text in texts])]
+    assert len(set(texts)) == 400 and limit in lengths and min(lengths) > limit - 20
+    steps = check_gpu.STEPS * train_grpo.QUESTIONS_PER_STEP
+    assert sum(length <= limit for length in lengths[:384]) >= steps
