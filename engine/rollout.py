@@ -96,11 +96,7 @@ def _cut(row: list[int], eos: list[int]) -> list[int]:
 
 
 def _free_share(device: torch.device, spoken_for: int) -> float:
-    """The share of a card that can still be had: what nobody holds, and what PyTorch holds without using it.
-
-    Args:
-        spoken_for: bytes of that which are not free in truth.
-    """
+    """The share of a card that can still be had: what nobody holds or PyTorch holds unused, less `spoken_for` bytes."""
     free, total = torch.cuda.mem_get_info(device)
     return (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) - spoken_for) / total
 

@@ -128,14 +128,13 @@ class CarefulTrainer(WholeCheckpoints, GRPOTrainer):
     """
 
     def _get_train_sampler(self, dataset=None) -> RepeatSampler:
-        self._sampler = super()._get_train_sampler(dataset)
-        return self._sampler
+        self._question_sampler = super()._get_train_sampler(dataset)
+        return self._question_sampler
 
     def _run_epoch(self, epoch: int, **kwargs) -> None:
         # The sampler draws one order after the other from a generator that a resumed process starts again at the first.
         # It gets no `set_epoch`: accelerate does not reach it on several processes once batches are skipped.
-        sampler = self._sampler
-        if sampler.shuffle:
+        if (sampler := self._question_sampler).shuffle:
             sampler.generator.manual_seed(sampler.seed)
             for _ in range(epoch):
                 torch.randperm(sampler.num_samples, generator=sampler.generator)

@@ -45,10 +45,7 @@ QUESTION = "一列火车每小时行驶{a}公里，先行驶了{b}小时，休�
 
 
 def longest_questions(tokenizer: PreTrainedTokenizerBase, limit: int) -> list[str]:
-    """400 different texts, the same number of characters each; most of their prompts have `limit` tokens or few less.
-
-    Every tenth is measured. Should another one be longer than `limit`, train_grpo.py drops it.
-    """
+    """400 different texts, as many characters each as prompts of `limit` tokens hold; every tenth one is measured."""
     texts = [QUESTION.format(a=100 + i, b=1 + i % 7, c=2 + i % 5, d=20 + i % 9) * (limit // 10) for i in range(400)]
 
     def tokens(length: int) -> int:
