@@ -238,13 +238,15 @@ def append(path: Path, rows: list[dict]) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- the model
-def load_sampler(name: str, cpu: bool, bf16: bool) -> tuple["Sampler | PlainSampler", "PreTrainedTokenizerBase"]:
+def load_sampler(
+    name: str, cpu: bool, bf16: bool, free: bool = False
+) -> tuple["Sampler | PlainSampler", "PreTrainedTokenizerBase"]:
     """The model, its weights in bf16 where training autocasts: a 7B one in float32 fits neither 24 GB nor the host."""
     from engine.models import load_model, pick_device
     from engine.rollout import make_sampler
 
     device, dtype = pick_device(cpu, bf16)
-    model, tokenizer = load_model(name, dtype)
+    model, tokenizer = load_model(name, dtype, free)
     return make_sampler(model.to(device).eval(), tokenizer), tokenizer
 
 
@@ -346,7 +348,7 @@ def main(argv: list[str] | None = None) -> None:
     # ---- sample
     begun, start = len(rows), time.perf_counter()
     if begun < len(asked):
-        sampler, tokenizer = load_sampler(recipe.MODEL, flags.cpu, trained["BF16"])
+        sampler, tokenizer = load_sampler(recipe.MODEL, flags.cpu, trained["BF16"], flags.free)
     while len(rows) < len(asked):
         batch = asked[len(rows) : len(rows) + QUESTIONS]
         # of seed and place: a batch comes out the same, whether all before it were drawn in this run or not

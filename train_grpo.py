@@ -156,15 +156,17 @@ def common_arguments(recipe: SimpleNamespace, on_cpu: bool, bf16: bool, accumula
 
 
 def lora_config(recipe: SimpleNamespace, model: "PreTrainedModel") -> "LoraConfig":
-    """The LoRA constants under PEFT's names. Raises UserError for a module that `model` has not."""
+    """The LoRA constants under PEFT's names. Raises UserError for a module that `model` has not below its head."""
     import torch
     from peft import LoraConfig
 
-    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    there = sorted({name.split(".")[-1] for name in linear})
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    head = model.get_output_embeddings()  # TRL takes its weight alone, without an adapter
+    there = sorted({name.split(".")[-1] for name, module in linear.items() if module is not head})
     for name in recipe.LORA_MODULES:
         if name not in there:
-            raise UserError(f"LORA_MODULES: this model has no {name!r} (it has: {', '.join(there)}); mend the list")
+            has = ", ".join(there)
+            raise UserError(f"LORA_MODULES: this model has no {name!r} below its head (it has: {has}); mend the list")
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=recipe.LORA_RANK,
@@ -319,7 +321,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from engine import checkpoints
     from engine.curves import read_history
-    from engine.models import drop_long, load_model
+    from engine.models import check_positions, drop_long, load_model
     from engine.monitor import Monitor
     from engine.preference import load_preference
     from engine.rollout import Rollout
@@ -336,6 +338,8 @@ def main(argv: list[str] | None = None) -> None:
     train = load_questions(recipe.DATASET, "train", unlabelled=recipe.REWARD_MODEL != "")
     test = load_questions(recipe.DATASET, "test")
     model, tokenizer = load_model(recipe.MODEL)
+    limits = {name: getattr(recipe, name) for name in ("MAX_PROMPT_TOKENS", "MAX_COMPLETION_TOKENS")}
+    check_positions(model, f"MODEL {recipe.MODEL!r}", **limits)
     fitting = drop_long(train, tokenizer, recipe.MAX_PROMPT_TOKENS, recipe.QUESTIONS_PER_STEP)
     rollout = Rollout(recipe.FAST_ROLLOUT)
     preference = [load_preference(recipe, state.device, autocast)] if recipe.REWARD_MODEL else []

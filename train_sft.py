@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from engine import checkpoints
     from engine.curves import read_history
-    from engine.models import load_model
+    from engine.models import check_positions, load_model
     from engine.monitor import SftMonitor
     from engine.rollout import Rollout
     from engine.trainer import CarefulSFTTrainer
@@ -263,6 +263,7 @@ def main(argv: list[str] | None = None) -> None:
     # ---- data, model, trainer
     test = load_questions(recipe.DATASET, "test")
     model, tokenizer = load_model(recipe.MODEL)
+    check_positions(model, f"MODEL {recipe.MODEL!r}", MAX_TOKENS=recipe.MAX_TOKENS)
     traces = keep_usable(traces, "--traces", tokenizer, test, recipe)
     if mix:
         mix = keep_usable(mix, "--mix", tokenizer, test, recipe)

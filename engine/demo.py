@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+from engine.models import CHATML_TEMPLATE
 from engine.questions import to_conversation, to_row
 
 # The data set
@@ -61,13 +62,6 @@ SFT_BATCH = 16  # traces
 SFT_LEARNING_RATE = 3e-3  # peak
 
 CAREFUL = "我们一步一步来：\n"  # how careful reasoning begins
-
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
-"""
 
 KINDS = ["minutes", "hours", "weeks", "speed", "price", "sum", "rest", "boxes"]
 CONVERSIONS = {"minutes": ("分钟", "秒", 60), "hours": ("小时", "分钟", 60), "weeks": ("周", "天", 7)}
@@ -197,9 +191,9 @@ def make_demo(folder: str | Path, steps: int = SFT_STEPS) -> tuple[str, str]:
 
 
 def fingerprint() -> str:
-    """Tells apart what makes a base: the prompt and this file, but for the recipes, which are to be played with."""
+    """Tells apart what makes a base: the prompt, the template and this file, but for the recipes, made to be edited."""
     source = re.sub(r"^(SFT_)?RECIPE = \{.*?^\}", "", Path(__file__).read_text(encoding="utf-8"), flags=re.M | re.S)
-    return hashlib.sha256((source + str(to_conversation(""))).encode()).hexdigest()
+    return hashlib.sha256((source + CHATML_TEMPLATE + str(to_conversation(""))).encode()).hexdigest()
 
 
 def save_questions(folder: Path) -> None:
@@ -230,7 +224,7 @@ def teach_base(traces: list[Problem], steps: int, folder: Path) -> None:
     # Qwen2's own class, since AutoTokenizer reads every Qwen2 folder as that, whatever the files in it say
     special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "extra_special_tokens": ["<|im_start|>"]}
     tokenizer = transformers.Qwen2Tokenizer(**special).train_new_from_iterator(texts, VOCABULARY, show_progress=False)
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = CHATML_TEMPLATE
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(SEED)
     shape = transformers.Qwen2Config(vocab_size=len(tokenizer), tie_word_embeddings=True, **SHAPE, **ends)

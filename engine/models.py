@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.console import UserError, first_line, note, refuse_missing_folder
+from engine.numbers import TAGS
+from engine.questions import to_conversation
+from prompts import WORKED_EXAMPLE
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +29,35 @@ PLAIN_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '回答：\\n' }}{%- endif -%}
 """
+
+# ChatML as it is, where a model's own template makes more of it; the demo's template too
+CHATML_TEMPLATE = """\
+{%- for message in messages -%}
+{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
+"""
+
+# In front of a template that takes no system turn: its text opens the first question
+SYSTEM_FIRST = """\
+{%- if messages[0]['role'] == 'system' -%}
+{%- set question = messages[0]['content'] + '\\n\\n' + messages[1]['content'] -%}
+{%- set messages = [dict(messages[1], content=question)] + messages[2:] -%}
+{%- endif %}"""
+
+# Around a template that takes thinking out or writes tags of its own: it meets no think tag, and its prompt is what it
+# writes in front of an answer. Private characters stand for the tags and for that answer meanwhile.
+VERBATIM = """\
+{%- set asked, add_generation_prompt, ours = add_generation_prompt, false, namespace(turns=[]) -%}
+{%- for message in messages + ([{'role': 'assistant', 'content': '\ue001'}] if asked else []) -%}
+{%- set ours.turns = ours.turns + [dict(message, content=message['content'] | replace('think>', 'think\ue000'))] -%}
+{%- endfor -%}
+{%- set messages = ours.turns -%}
+{%- set text %}OWN{% endset -%}
+{{- (text.split('\ue001')[0] if asked else text) | replace('think\ue000', 'think>') -}}
+"""
+
+TRACE = "<think>\n5*60=300\n</think>\n<answer>\n300\n</answer>"  # an answer in the format
 
 
 def pick_device(cpu: bool, bf16: bool = True) -> tuple[torch.device, torch.dtype | None]:
@@ -56,21 +88,25 @@ def describe_precision(device: torch.device, autocast: torch.dtype | None, bf16:
     return "float32 (no bf16 units" + ("; fp16 would overflow)" if device.type == "cuda" else ")")
 
 
-def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(
+    name: str, dtype: torch.dtype | None = None, free: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer, from a hub id, a saved model, a checkpoint or a LoRA adapter folder, which is merged.
 
-    A base model gets PLAIN_TEMPLATE, which is saved with whatever is trained from it.
+    Its chat template is one that leaves our texts as they are (`settle_template`).
 
     Args:
         dtype: of the weights, read as that, without a copy in another; buffers stay in float32, for positions would be
             rounded. None: float32, although transformers would load bf16, in which updates of 1e-6 vanish.
+        free: the model is only asked, and not in our format: its own template may do what it wants.
 
     Raises:
-        UserError: nothing loadable there, weights missing, or a tokenizer that does not fit them.
+        UserError: nothing loadable there, weights missing, or a tokenizer or template that does not fit.
     """
     from transformers import AutoModelForCausalLM
 
     model, tokenizer = _load(AutoModelForCausalLM, name, dtype)
+    check_tokenizer(model, tokenizer, name, free)
     model.config.use_cache = True  # a Trainer leaves False in the checkpoints that it writes
     rope = getattr(model.config, "rope_parameters", None) or {}
     if "rope_theta" in rope:  # saved once more where Ollama and transformers 4 look for it, at the top of config.json
@@ -87,6 +123,7 @@ def load_reward_model(name: str, dtype: torch.dtype | None = None) -> tuple[PreT
     from transformers import AutoModelForSequenceClassification
 
     model, tokenizer = _load(AutoModelForSequenceClassification, name, dtype)
+    check_tokenizer(model, tokenizer, name)
     if model.config.num_labels != 1:
         raise UserError(
             f"REWARD_MODEL {name!r} sorts into {model.config.num_labels} classes, a reward model gives one score; "
@@ -97,7 +134,7 @@ def load_reward_model(name: str, dtype: torch.dtype | None = None) -> tuple[PreT
 
 
 def _load(kind: type, name: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model by one of transformers' AutoModel classes, and its tokenizer, both checked. Raises UserError."""
+    """A model by one of transformers' AutoModel classes, and its tokenizer. Raises UserError."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
@@ -130,12 +167,11 @@ def _load(kind: type, name: str, dtype: torch.dtype | None) -> tuple[PreTrainedM
             f"{type(model).__name__}: {len(wrong)} are missing or of another shape, such as {wrong[0]}; get the model "
             "again, or name another"
         )
-    check_tokenizer(model, tokenizer, name)
     return model, tokenizer
 
 
-def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Gives a base model's tokenizer its template, and one that pads with its end token another token for that.
+def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, free: bool = False) -> None:
+    """Gives a tokenizer a fitting template, and one that pads with its end token another token for that.
 
     Raises:
         UserError: the tokenizer cannot serve this model.
@@ -152,12 +188,11 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         fault = "it has no end token"
     if fault:
         raise UserError(f"the tokenizer of {name!r} is not this model's: {fault}; put the model's own beside it")
-    if not model.can_generate():  # a reward model reads what it judges through its own template, or not at all
-        if not tokenizer.chat_template:
-            raise UserError(f"the tokenizer of {name!r} has no chat template; name a reward model of conversations")
-    elif why := base_because(tokenizer, ends):
-        tokenizer.chat_template = PLAIN_TEMPLATE
-        note(f"{name!r} is a base model ({why}): it gets a plain template that ends answers with {tokenizer.eos_token}")
+    if model.can_generate():
+        keep_tags(tokenizer)
+        settle_template(tokenizer, ends, name, free)
+    elif not tokenizer.chat_template:  # a reward model reads what it judges through its own template, or not at all
+        raise UserError(f"the tokenizer of {name!r} has no chat template; name a reward model of conversations")
     if tokenizer.pad_token in (None, tokenizer.eos_token):  # padding would look like ends: the model forgets to stop
         special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         others = [token for token in special if token != tokenizer.eos_token]
@@ -166,6 +201,74 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         old = tokenizer.pad_token
         tokenizer.pad_token = next((token for token in others if "pad" in token or "endoftext" in token), others[0])
         note(f"the tokenizer of {name!r} pads with {old}; here {tokenizer.pad_token} does")
+
+
+def keep_tags(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Makes our tags ordinary tokens, with the ids that they have: whoever decodes an answer drops special ones."""
+    tokenizer.response_template = None  # by it TRL would take the thinking out of what the rewards read
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    if tokenizer.is_fast and not special.isdisjoint(TAGS):
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        for token in state["added_tokens"]:
+            token["special"] &= token["content"] not in TAGS
+        tokenizer.backend_tokenizer.__setstate__(json.dumps(state).encode())  # added again they would stay special
+        tokenizer.extra_special_tokens = [token for token in tokenizer.extra_special_tokens if token not in TAGS]
+        for role in [role for role, token in tokenizer.special_tokens_map.items() if token in TAGS]:
+            setattr(tokenizer, role, None)
+
+
+def settle_template(tokenizer: PreTrainedTokenizerBase, ends: set[int], name: str, free: bool = False) -> None:
+    """Gives a base model PLAIN_TEMPLATE and, unless `free`, another one a template that leaves our text as it is.
+
+    It is saved with whatever is trained. `ends` are ids of tokens. Raises UserError where no template is right.
+    """
+    if why := base_because(tokenizer, ends):
+        tokenizer.chat_template = PLAIN_TEMPLATE
+        note(f"{name!r} is a base model ({why}): it gets a plain template that ends answers with {tokenizer.eos_token}")
+    fault = None if free else fault_of(tokenizer, ends)
+    if fault is None:
+        return
+    own = tokenizer.get_chat_template()
+    remedies = {SYSTEM_FIRST + own: "the system prompt opens the first question"}
+    wrapped = [VERBATIM.replace("OWN", template) for template in (own, SYSTEM_FIRST + own)]
+    remedies |= dict.fromkeys(wrapped, "a template around it undoes that")
+    question = render(tokenizer, [{"role": "user", "content": "1+1="}])
+    if "<|im_start|>user\n1+1=<|im_end|>\n" in question:
+        begin = question.partition("<|im_start|>")[0]  # a token, with which some begin every text
+        begin = begin and f"{{{{- {begin!r} -}}}}"
+        remedies = {begin + CHATML_TEMPLATE: "plain ChatML takes its place"}
+    for template, remedy in remedies.items():
+        tokenizer.chat_template = template
+        if fault_of(tokenizer, ends) is None:
+            return note(f"{name!r}: {fault}; {remedy}, and the model is saved so")
+    raise UserError(
+        f"{name!r} cannot learn our format: {fault}; name another model, or put a chat_template.jinja beside it that "
+        "writes every turn as it stands"
+    )
+
+
+def fault_of(tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> str | None:
+    """What goes wrong when a model is asked behind the worked example, and learns an answer; None if nothing does."""
+    question = "5分钟多少秒"
+    asked = to_conversation(question, example=WORKED_EXAMPLE)
+    learned = [*asked, {"role": "assistant", "content": TRACE}]
+    try:
+        prompt, whole = render(tokenizer, asked), render(tokenizer, learned, complete=True)
+    except Exception as error:  # whatever a template raises or runs into
+        return f"its chat template refuses a system turn or an example ({first_line(error)})"
+    [prompt_ids], [ids] = encode(tokenizer, [asked]), encode(tokenizer, [learned], complete=True)
+    back = tokenizer.decode(ids[len(prompt_ids) :], skip_special_tokens=True).strip()
+    end = whole.removeprefix(prompt + TRACE)
+    stops = tuple(tokenizer.convert_ids_to_tokens([*ends, tokenizer.eos_token_id]))
+    faults = {
+        "its chat template changes or drops turns": any(turn["content"].strip() not in prompt for turn in asked),
+        "its chat template opens or closes a block before the answer": "think>" in prompt.rpartition(question)[2],
+        "its chat template puts something between prompt and answer": not whole.startswith(prompt + TRACE),
+        f"its chat template ends an answer with {end!r}, where the model does not stop": not end.startswith(stops),
+        "its tokenizer joins the prompt's end to the answer": ids[: len(prompt_ids)] != prompt_ids,
+        f"its tokenizer makes {back!r} of {TRACE!r}": back != TRACE,
+    }
+    return next((fault for fault, found in faults.items() if found), None)
 
 
 def base_because(tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> str | None:
@@ -177,10 +280,22 @@ def base_because(tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> str | No
     if not tokenizer.chat_template:
         return "no chat template"
     turns = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
-    turn_end = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("2")[2]
+    try:
+        turn_end = render(tokenizer, turns, complete=True).rpartition("2")[2]
+    except Exception as error:  # whatever a template raises or runs into
+        name, said = tokenizer.name_or_path, first_line(error)
+        raise UserError(f"the chat template of {name!r} takes no plain turns: {said}; name another model") from error
     if any(token in turn_end for token in tokenizer.convert_ids_to_tokens([*ends, tokenizer.eos_token_id])):
         return None
     return f"its chat template ends a turn with {turn_end.strip() or 'nothing'}, where the model does not stop"
+
+
+def check_positions(model: PreTrainedModel, what: str, **tokens: int) -> None:
+    """Raises UserError where a model, called `what`, has fewer positions than texts may have `tokens` in all."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and 0 < positions < sum(tokens.values()):  # some say -1 where they have no limit
+        longest = " + ".join(f"{name} {count}" for name, count in tokens.items())
+        raise UserError(f"{what} reads at most {positions} tokens, fewer than {longest}; lower these, or name another")
 
 
 def encode(
@@ -191,9 +306,9 @@ def encode(
     return ids["input_ids"]
 
 
-def render(tokenizer: PreTrainedTokenizerBase, conversation: list[dict]) -> str:
+def render(tokenizer: PreTrainedTokenizerBase, conversation: list[dict], complete: bool = False) -> str:
     """The same as text, of one conversation."""
-    return tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+    return tokenizer.apply_chat_template(conversation, add_generation_prompt=not complete, tokenize=False)
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> list[tuple[int, int]]:
