@@ -215,6 +215,7 @@ def keep_tags(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.extra_special_tokens = [token for token in tokenizer.extra_special_tokens if token not in TAGS]
         for role in [role for role, token in tokenizer.special_tokens_map.items() if token in TAGS]:
             setattr(tokenizer, role, None)
+            tokenizer.init_kwargs.get("model_specific_special_tokens", {}).pop(role, None)  # what is saved
 
 
 def settle_template(tokenizer: PreTrainedTokenizerBase, ends: set[int], name: str, free: bool = False) -> None:
