@@ -28,8 +28,9 @@ def main() -> None:
     import torch
     from transformers import TextStreamer
 
-    from engine.models import encode, find_beside, load_model, pick_device
+    from engine.models import load_model, pick_device
     from engine.rollout import make_sampler
+    from engine.templates import encode, find_beside
 
     trained = find_beside(flags.model, "recipe/recipe.json")
     check_prompt(trained)

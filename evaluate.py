@@ -13,8 +13,9 @@ from pathlib import Path
 import train_grpo
 from engine.accuracy import describe, describe_samples, evaluate, evaluate_samples
 from engine.console import UserError, run
-from engine.models import find_beside, load_model, pick_device
+from engine.models import load_model, pick_device
 from engine.questions import check_prompt, load_questions, prompt_of
+from engine.templates import find_beside
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -238,13 +238,15 @@ def append(path: Path, rows: list[dict]) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- the model
-def load_sampler(name: str, cpu: bool, bf16: bool) -> tuple["Sampler | PlainSampler", "PreTrainedTokenizerBase"]:
+def load_sampler(
+    name: str, cpu: bool, bf16: bool, free: bool = False
+) -> tuple["Sampler | PlainSampler", "PreTrainedTokenizerBase"]:
     """The model, its weights in bf16 where training autocasts: a 7B one in float32 fits neither 24 GB nor the host."""
     from engine.models import load_model, pick_device
     from engine.rollout import make_sampler
 
     device, dtype = pick_device(cpu, bf16)
-    model, tokenizer = load_model(name, dtype)
+    model, tokenizer = load_model(name, dtype, free)
     return make_sampler(model.to(device).eval(), tokenizer), tokenizer
 
 
@@ -264,7 +266,7 @@ def sample(
     sampler: "Sampler | PlainSampler", tokenizer: "PreTrainedTokenizerBase", prompts: list[list[dict]], tokens: int
 ) -> list[list[dict]]:
     """SAMPLES answers to each prompt, as `judge` takes them."""
-    from engine.models import encode
+    from engine.templates import encode
 
     ids = [prompt for prompt in encode(tokenizer, prompts) for _ in range(SAMPLES)]
     drawn = sampler.generate(ids, tokens, TEMPERATURE)
@@ -311,7 +313,7 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(recipe.OUTPUT_DIR)
     log, traces_file = output / "questions.jsonl", output / "traces.jsonl"
 
-    from engine.models import find_beside
+    from engine.templates import find_beside
 
     # as the model was trained, if it was here; and no trace may be longer than what its student may write
     trained = vars(recipe) | find_beside(recipe.MODEL, "recipe/recipe.json")
@@ -344,7 +346,7 @@ def main(argv: list[str] | None = None) -> None:
     # ---- sample
     begun, start = len(rows), time.perf_counter()
     if begun < len(asked):
-        sampler, tokenizer = load_sampler(recipe.MODEL, flags.cpu, trained["BF16"])
+        sampler, tokenizer = load_sampler(recipe.MODEL, flags.cpu, trained["BF16"], flags.free)
     while len(rows) < len(asked):
         batch = asked[len(rows) : len(rows) + QUESTIONS]
         # of seed and place: a batch comes out the same, whether all before it were drawn in this run or not

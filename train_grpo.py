@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
 
     from engine import checkpoints, pretraining
     from engine.curves import read_history
-    from engine.models import drop_long, load_model
+    from engine.models import check_positions, drop_long, load_model
     from engine.monitor import Monitor
     from engine.preference import load_preference
     from engine.questions import load_splits
@@ -187,6 +187,8 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     # ---- data, model, trainer
     train, dev, test = load_splits(recipe.DATASET, recipe.DEV_QUESTIONS, unlabelled=recipe.REWARD_MODEL != "")
     model, tokenizer = load_model(recipe.MODEL, prompt=runs.prompt_turns(recipe))
+    limits = {name: getattr(recipe, name) for name in ("MAX_PROMPT_TOKENS", "MAX_COMPLETION_TOKENS")}
+    check_positions(model, f"MODEL {recipe.MODEL!r}", **limits)
     fitting = drop_long(train, tokenizer, recipe.MAX_PROMPT_TOKENS, recipe.QUESTIONS_PER_STEP)
     rollout = Rollout(recipe.FAST_ROLLOUT)
     preference = [load_preference(recipe, state.device, autocast)] if recipe.REWARD_MODEL else []

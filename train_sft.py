@@ -169,7 +169,7 @@ def keep_usable(
     Raises:
         UserError: none is left.
     """
-    from engine.models import count_tokens
+    from engine.templates import count_tokens
 
     limits = f"longer than MAX_TOKENS {recipe.MAX_TOKENS} or MAX_COMPLETION_TOKENS {recipe.MAX_COMPLETION_TOKENS}"
     fallen, kept = {limits: 0, "on test or development questions": 0}, []
@@ -209,7 +209,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
 
     from engine import checkpoints, pretraining
     from engine.curves import read_history
-    from engine.models import load_model
+    from engine.models import check_positions, load_model
     from engine.monitor import SftMonitor
     from engine.questions import load_splits
     from engine.rollout import Rollout
@@ -225,6 +225,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     # ---- data, model, trainer
     _, dev, test = load_splits(recipe.DATASET, recipe.DEV_QUESTIONS)
     model, tokenizer = load_model(recipe.MODEL, prompt=runs.prompt_turns(recipe))
+    check_positions(model, f"MODEL {recipe.MODEL!r}", MAX_TOKENS=recipe.MAX_TOKENS)
     held_out = {prompt[-1]["content"] for questions in (dev, test) for prompt in questions["prompt"]}
     traces = keep_usable(traces, "--traces", tokenizer, held_out, recipe)
     if mix:

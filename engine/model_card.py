@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCardData
 
-from engine.models import render
+from engine.templates import render
 from rewards import REWARDS
 
 if TYPE_CHECKING:

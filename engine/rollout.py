@@ -27,7 +27,8 @@ from peft.tuners.lora import LoraLayer
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.console import first_line, note
-from engine.models import encode
+from engine.models import check_positions
+from engine.templates import encode
 
 if TYPE_CHECKING:  # chat and evaluation need not wait for it
     from transformers import Trainer, TrainingArguments
@@ -280,8 +281,9 @@ class Sampler:
         on_finished: Callable[[int], None] | None = None,
     ) -> Iterator[torch.Tensor]:
         """After every token the completions so far, (rows, tokens); a row that has ended holds anything after that."""
-        self._refresh()
         rows, width = len(prompt_ids), max(map(len, prompt_ids))
+        check_positions(self.model, "the model", prompt=width, MAX_COMPLETION_TOKENS=new)
+        self._refresh()
         batch = self._make_batch(rows, width + new)
         batch.greedy = temperature == 0
         batch.temperature.fill_(temperature)
@@ -456,6 +458,7 @@ class PlainSampler:
             use_cache=True,
         )
         device, width = self.model.device, max(map(len, prompt_ids))
+        check_positions(self.model, "the model", prompt=width, MAX_COMPLETION_TOKENS=max_new_tokens)
         tokens = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompt_ids], device=device)
         pads = torch.tensor([[width - len(prompt)] for prompt in prompt_ids], device=device)
         mask = (torch.arange(width, device=device) >= pads).long()

@@ -128,18 +128,20 @@ def lora_config(recipe: SimpleNamespace, model: PreTrainedModel) -> LoraConfig |
     """The LoRA constants under PEFT's names; None where all weights are trained.
 
     Raises:
-        UserError: LORA_MODULES names a module that `model` does not have.
+        UserError: LORA_MODULES names a module that `model` does not have below its head.
     """
     if not recipe.USE_LORA:
         return None
     import torch
     from peft import LoraConfig
 
-    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    there = sorted({name.split(".")[-1] for name in linear})
+    head = model.get_output_embeddings()  # TRL uses the weight of the head by itself, without an adapter
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    there = sorted({name.split(".")[-1] for name, module in linear.items() if module is not head})
     for name in recipe.LORA_MODULES:
         if name not in there:
-            raise UserError(f"LORA_MODULES: this model has no {name!r} (it has: {', '.join(there)}); mend the list")
+            has = ", ".join(there)
+            raise UserError(f"LORA_MODULES: this model has no {name!r} below its head (it has: {has}); mend the list")
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=recipe.LORA_RANK,

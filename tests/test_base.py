@@ -78,7 +78,7 @@ def test_end_that_only_the_model_knows(demo_base, tmp_path, capsys):
     model = Path(shutil.copytree(demo_base / "model", tmp_path / "model"))
     edit(model / "tokenizer_config.json", eos_token="<|endoftext|>")
     _, tokenizer = models.load_model(str(model))
-    assert "base model" not in capsys.readouterr().out and tokenizer.chat_template == demo.CHAT_TEMPLATE
+    assert "base model" not in capsys.readouterr().out and tokenizer.chat_template == models.CHATML_TEMPLATE
     edit(model / "generation_config.json", eos_token_id=tokenizer.eos_token_id)
     models.load_model(str(model))
     assert "ends a turn with <|im_end|>, where the model does not stop" in capsys.readouterr().out
