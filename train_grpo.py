@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Literal
 
 from engine import demo, pretraining
 from engine.console import UserError, check_ranges, check_types, constants_of, is_a, refuse_missing_folder, run
-from engine.questions import load_questions
+from engine.fingerprints import fingerprint_rows, fingerprint_weights
+from engine.questions import drop_tested, load_questions, pairs_of
 from rewards import REWARD_WEIGHTS, REWARDS, weights_fit
 
 if TYPE_CHECKING:  # imported where they are used: `--help` and the one-line errors need no seconds to start
@@ -46,7 +47,7 @@ warnings.filterwarnings("ignore", category=FutureWarning)  # what these librarie
 # ----------------------------------------------------------------------------------------------------- the recipe
 # The model and the questions
 MODEL: str = "Qwen/Qwen2.5-0.5B-Instruct"  # hub id or folder; --model
-DATASET: str = "swulling/gsm8k_chinese"  # hub id or folder with splits train and test; --dataset
+DATASET: str = "swulling/gsm8k_chinese"  # hub id or folder with splits train and test, or a file; --dataset
 OUTPUT_DIR: str = "output"  # --output
 SEED: int = 42  # weights of a new adapter, order of the questions, sampling; --seed
 
@@ -200,7 +201,7 @@ def make_parser(description: str, output: str) -> argparse.ArgumentParser:
     """The flags that train_sft.py has too; `output` is where it writes by default."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--model", help=f"hub id or folder (default: {MODEL})")
-    parser.add_argument("--dataset", help=f"hub id or folder (default: {DATASET})")
+    parser.add_argument("--dataset", help=f"hub id, folder or file (default: {DATASET})")
     parser.add_argument("--output", help=f"where this run writes (default: {output}, the demo: {OUTPUT_DIR}/demo)")
     parser.add_argument("--max-steps", type=int, help="stop after so many optimizer steps")
     parser.add_argument("--seed", type=int, help=f"another seed (default: {SEED})")
@@ -335,6 +336,11 @@ def main(argv: list[str] | None = None) -> None:
     # ---- data, model, trainer
     train = load_questions(recipe.DATASET, "train", unlabelled=recipe.REWARD_MODEL != "")
     test = load_questions(recipe.DATASET, "test")
+    recipe.TRAIN_READ, recipe.TEST_READ = (fingerprint_rows(pairs_of(rows)) for rows in (train, test))
+    recipe.MODEL_READ, recipe.REWARD_MODEL_READ = map(fingerprint_weights, (recipe.MODEL, recipe.REWARD_MODEL))
+    if checkpoint:
+        checkpoints.refuse_unfit(output, recipe)
+    train = drop_tested(train, test)
     model, tokenizer = load_model(recipe.MODEL)
     fitting = drop_long(train, tokenizer, recipe.MAX_PROMPT_TOKENS, recipe.QUESTIONS_PER_STEP)
     rollout = Rollout(recipe.FAST_ROLLOUT)

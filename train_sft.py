@@ -14,7 +14,6 @@ Only the completion is learned, with its end. A trace is learned whole or droppe
 """
 
 import argparse
-import hashlib
 import json
 import random
 import sys
@@ -26,8 +25,9 @@ from typing import TYPE_CHECKING
 import train_grpo
 from engine import demo, pretraining
 from engine.console import UserError, check_ranges, check_types, constants_of, first_line, note, run
+from engine.fingerprints import fingerprint_rows, fingerprint_weights
 from engine.numbers import is_label
-from engine.questions import load_questions
+from engine.questions import load_questions, pairs_of
 
 if TYPE_CHECKING:  # imported where they are used: `--help` and the one-line errors need no seconds to start
     from datasets import Dataset
@@ -150,11 +150,6 @@ def read_rows(file: str, flag: str, convert: Callable[[dict], dict]) -> list[dic
     return rows
 
 
-def fingerprint(rows: list[dict]) -> str:
-    """What stands in the recipe for the rows that are learned: a file may change and keep its name."""
-    return f"{len(rows)} rows, sha256 {hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]}"
-
-
 def from_trace(line: dict) -> dict:
     """A line of make_traces.py, or one like it; its prompt is used as it stands."""
     prompt, completion = messages_of(line, "prompt"), messages_of(line, "completion")
@@ -197,7 +192,7 @@ def keep_usable(
     """
     from engine.models import count_tokens
 
-    asked = {prompt[-1]["content"] for prompt in test["prompt"]}
+    asked = {question for question, _ in pairs_of(test)}
     limits = f"longer than MAX_TOKENS {recipe.MAX_TOKENS} or MAX_COMPLETION_TOKENS {recipe.MAX_COMPLETION_TOKENS}"
     fallen, kept = {limits: 0, "on questions of the test split": 0}, []
     for row, (prompt, completion) in zip(rows, count_tokens(tokenizer, rows), strict=True):
@@ -241,7 +236,10 @@ def main(argv: list[str] | None = None) -> None:
     train_grpo.check_folders(flags, recipe)
     traces = read_rows(recipe.TRACES, "--traces", from_trace)
     mix = read_rows(recipe.MIX, "--mix", from_conversation) if recipe.MIX else []
-    recipe.TRACES_READ, recipe.MIX_READ = fingerprint(traces), fingerprint(mix)  # --resume says where they differ
+    recipe.TRACES_READ, recipe.MIX_READ = (
+        fingerprint_rows(traces),
+        fingerprint_rows(mix),
+    )  # --resume says where they differ
 
     from datasets import Dataset
     from transformers import PrinterCallback
@@ -262,6 +260,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- data, model, trainer
     test = load_questions(recipe.DATASET, "test")
+    recipe.TEST_READ, recipe.MODEL_READ = fingerprint_rows(pairs_of(test)), fingerprint_weights(recipe.MODEL)
+    if checkpoint:
+        checkpoints.refuse_unfit(output, recipe)
     model, tokenizer = load_model(recipe.MODEL)
     traces = keep_usable(traces, "--traces", tokenizer, test, recipe)
     if mix:
