@@ -21,7 +21,7 @@ from engine.templates import find_beside
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="accuracy on held-out questions", allow_abbrev=False)
     parser.add_argument("model", help="hub id, saved model, checkpoint or adapter folder")
-    parser.add_argument("--dataset", help="hub id or folder (default: what the model was trained on)")
+    parser.add_argument("--dataset", help="hub id, folder or file (default: what the model was trained on)")
     parser.add_argument("--split", default="test")
     parser.add_argument("--limit", type=int, help="the first so many questions only")
     parser.add_argument("--samples", type=int, default=0, help="besides, so many answers a question at temperature 1")

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING
 import train_grpo
 from engine import demo, pretraining, runs
 from engine.console import UserError, first_line, note, run
+from engine.fingerprints import fingerprint_weights
 from engine.constants import check_constants, constants_of
 from engine.numbers import chinese_share, extract_answer, find_numbers, parse_number
 from engine.questions import load_questions, prompt_of, to_conversation, to_row
@@ -160,7 +161,8 @@ def judge(question: str, label: int, samples: list[dict]) -> dict:
 def claim(output: Path, settings: dict) -> None:
     """Take a free folder, or one whose samples were drawn with the same settings: two kinds are not mixed.
 
-    A run that ended before its first sample, for want of a network say, binds nobody.
+    A run that ended before its first sample, for want of a network say, binds nobody; nor do weights that are not here
+    or that an older run has not recorded.
     """
     path, log = output / "settings.json", output / "questions.jsonl"
     try:
@@ -168,12 +170,13 @@ def claim(output: Path, settings: dict) -> None:
         begun = path.exists() and log.exists() and log.stat().st_size > 0
         old = dict(json.loads(path.read_bytes())) if begun else settings
         for name in settings:
-            if old.get(name) != settings[name]:
+            unknown = name == "weights" and None in (old.get(name), settings[name])
+            if old.get(name) != settings[name] and not unknown:
                 raise UserError(
                     f"the samples in {str(output)!r} were drawn with {name} {old.get(name)!r}, and now it is "
                     f"{settings[name]!r}; change it back, or name another --output"
                 )
-        write(path, [settings])
+        write(path, [settings | {"weights": settings["weights"] or old.get("weights")}])
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--output {str(output)!r} cannot be used: {first_line(error)}; name another folder") from error
 
@@ -217,9 +220,8 @@ def write_sifted(folder: Path, rows: list[dict], dataset: str) -> str:
     if not train:
         (folder / "train.jsonl").unlink(missing_ok=True)  # of another SOMETIMES
         return f"none: no question right {SOMETIMES} to {SAMPLES - 1} times of {SAMPLES}"
-    asked = [prompt[-1]["content"] for prompt in test["prompt"]]
     folder.mkdir(exist_ok=True)
-    for split, pairs in (("test", zip(asked, test["answer"], strict=True)), ("train", train)):
+    for split, pairs in (("test", pairs_of(test)), ("train", train)):
         write(folder / f"{split}.jsonl", [to_row(text, label) for text, label in pairs])
     return f"{folder}: {len(train)} questions right {SOMETIMES} to {SAMPLES - 1} times of {SAMPLES}"
 
@@ -280,7 +282,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     """How this run goes. Raises UserError for a flag or a constant that cannot be."""
     parser = argparse.ArgumentParser(description="traces by rejection sampling", allow_abbrev=False)
     parser.add_argument("--model", help=f"hub id, saved model, checkpoint or adapter (default: {train_grpo.MODEL})")
-    parser.add_argument("--dataset", help="hub id or folder (default: what the model was trained on)")
+    parser.add_argument("--dataset", help="hub id, folder or file (default: what the model was trained on)")
     parser.add_argument("--split", default="train", help="any but the test split (default: train)")
     parser.add_argument("--output", help=f"where this run writes (default: {OUTPUT_DIR}, the demo: output/demo)")
     parser.add_argument("--skip", type=int, help="leave out the first so many questions, which were learned say")
@@ -326,16 +328,17 @@ def main(argv: list[str] | None = None) -> None:
         dataset = find_beside(recipe.MODEL, "results.json").get("dataset", dataset)
     settings = {"model": recipe.MODEL, "dataset": dataset, "split": flags.split}
     settings |= {"skip": flags.skip, "seed": recipe.SEED, "free": flags.free, "prompt": prompt, "tokens": tokens}
-    claim(output, settings | {"SAMPLES": SAMPLES, "TEMPERATURE": TEMPERATURE})
+    settings |= {"SAMPLES": SAMPLES, "TEMPERATURE": TEMPERATURE}
+    claim(output, settings | {"weights": fingerprint_weights(recipe.MODEL)})
     if flags.demo:
         pretraining.provide(output / "base", recipe.MODEL, recipe.DATASET)
+        claim(output, settings | {"weights": fingerprint_weights(recipe.MODEL)})  # of what was made just now
 
     import torch
 
     # ---- the questions, and those that an earlier run has sampled
     questions = load_questions(dataset, flags.split)
-    pairs = zip(questions["prompt"], questions["answer"], strict=True)
-    asked = [(prompt[-1]["content"], label) for prompt, label in pairs][flags.skip :][: flags.limit]
+    asked = pairs_of(questions)[flags.skip :][: flags.limit]
     if not asked:
         raise UserError(f"--skip {flags.skip}: the data set {dataset!r} has only {len(questions)} questions there")
     rows = read_log(log, asked)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # imported where it is used: `--help` and the one-line errors
 # ----------------------------------------------------------------------------------------------------- the recipe
 # The model and the questions
 MODEL: str = "Qwen/Qwen2.5-0.5B-Instruct"  # hub id or folder; --model
-DATASET: str = "swulling/gsm8k_chinese"  # hub id or folder with splits train and test; --dataset
+DATASET: str = "swulling/gsm8k_chinese"  # hub id or folder with splits train and test, or a file; --dataset
 OUTPUT_DIR: str = "output"  # --output
 SEED: int = 42  # weights of a new adapter, order of the questions, sampling; --seed
 
@@ -186,6 +186,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
 
     # ---- data, model, trainer
     train, dev, test = load_splits(recipe.DATASET, recipe.DEV_QUESTIONS, unlabelled=recipe.REWARD_MODEL != "")
+    runs.record_inputs(recipe, checkpoint, TRAIN=train, DEV=dev, TEST=test)
     model, tokenizer = load_model(recipe.MODEL, prompt=runs.prompt_turns(recipe))
     limits = {name: getattr(recipe, name) for name in ("MAX_PROMPT_TOKENS", "MAX_COMPLETION_TOKENS")}
     check_positions(model, f"MODEL {recipe.MODEL!r}", **limits)

@@ -14,7 +14,6 @@ Only the completion is learned, with its end. A trace is learned whole or droppe
 """
 
 import argparse
-import hashlib
 import json
 import random
 import sys
@@ -27,6 +26,7 @@ import train_grpo
 from engine import demo, runs
 from engine.console import UserError, first_line, note, run
 from engine.constants import check_constants, constants_of
+from engine.fingerprints import fingerprint_rows
 from engine.numbers import is_label
 
 if TYPE_CHECKING:  # imported where they are used: `--help` and the one-line errors need no seconds to start
@@ -124,11 +124,6 @@ def read_rows(file: str, flag: str, convert: Callable[[dict], dict]) -> list[dic
     return rows
 
 
-def fingerprint(rows: list[dict]) -> str:
-    """What stands in the recipe for the rows that are learned: a file may change and keep its name."""
-    return f"{len(rows)} rows, sha256 {hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]}"
-
-
 def from_trace(line: dict) -> dict:
     """A line of make_traces.py, or one like it; its prompt is used as it stands."""
     prompt, completion = messages_of(line, "prompt"), messages_of(line, "completion")
@@ -202,7 +197,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     output = Path(recipe.OUTPUT_DIR)
     traces = read_rows(recipe.TRACES, "--traces", from_trace)
     mix = read_rows(recipe.MIX, "--mix", from_conversation) if recipe.MIX else []
-    recipe.TRACES_READ, recipe.MIX_READ = fingerprint(traces), fingerprint(mix)  # --resume says where they differ
+    recipe.TRACES_READ, recipe.MIX_READ = fingerprint_rows(traces), fingerprint_rows(mix)
 
     from datasets import Dataset
     from transformers import PrinterCallback
@@ -224,9 +219,10 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
 
     # ---- data, model, trainer
     _, dev, test = load_splits(recipe.DATASET, recipe.DEV_QUESTIONS)
+    runs.record_inputs(recipe, checkpoint, DEV=dev, TEST=test)
     model, tokenizer = load_model(recipe.MODEL, prompt=runs.prompt_turns(recipe))
     check_positions(model, f"MODEL {recipe.MODEL!r}", MAX_TOKENS=recipe.MAX_TOKENS)
-    held_out = {prompt[-1]["content"] for questions in (dev, test) for prompt in questions["prompt"]}
+    held_out = {prompt[-1]["content"] for rows in (dev, test) for prompt in rows["prompt"]}
     traces = keep_usable(traces, "--traces", tokenizer, held_out, recipe)
     if mix:
         mix = keep_usable(mix, "--mix", tokenizer, held_out, recipe)

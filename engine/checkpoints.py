@@ -37,9 +37,14 @@ TRAINED = ["checkpoint-*", "*.safetensors", "adapter"]
 BEGUN = ["results.json", "samples.jsonl", "runs", "curves.png", "recipe"]
 # What a killed run was about to write, or to delete.
 LEFTOVERS = [".tmp-checkpoint-*", ".tmp-old-checkpoint-*", ".tmp-model", ".tmp-*.json*", ".tmp-README.md"]
-# Constants that make what the weights are: a checkpoint fits no others. All else may change when a run is resumed.
+# What must not change when a run is resumed, and why. All else may, and is named.
 # TRACES is train_sft.py's: neither script goes on with what the other has begun.
-UNFIT = {"MODEL", "TRACES", "USE_LORA", "LORA_RANK", "LORA_ALPHA", "LORA_MODULES"}
+UNFIT = dict.fromkeys(
+    ["MODEL", "TRACES", "USE_LORA", "LORA_RANK", "LORA_ALPHA", "LORA_MODULES"],
+    "the weights saved in {output!r} do not fit that; change it back",
+)
+UNFIT["TEST_READ"] = "`before` in {output!r} was measured on other questions; put the old test split back"
+UNFIT["MODEL_READ"] = "the adapter saved in {output!r} belongs to the old weights; put them back into MODEL's folder"
 
 
 # -------------------------------------------------------------------------------------- the output folder, before
@@ -63,18 +68,27 @@ def find(output: Path, recipe: SimpleNamespace, resume: bool) -> Path | None:
             )
         return None
     checkpoint = newest_checkpoint(output)
-    changes = changed_constants(output, recipe)
-    for name in UNFIT & changes.keys():
-        raise UserError(
-            f"{name} was {changes[name][0]!r} and is {changes[name][1]!r}: the weights saved in {str(output)!r} do not "
-            "fit that; change it back, or start another run with --output"
-        )
+    changes = refuse_unfit(output, recipe)
     done = results.get("finished") and results["steps"] == step_of(checkpoint) and any(output.glob("*.safetensors"))
     if done and not {"MAX_STEPS", "EPOCHS"} & changes.keys():
         raise UserError(
             f"the run in {str(output)!r} is finished, nothing is left to resume; start another with --output"
         )
     return checkpoint
+
+
+def refuse_unfit(output: Path, recipe: SimpleNamespace) -> dict[str, tuple]:
+    """The changed constants where the run in `output` can go on with them; else raises UserError.
+
+    `find` asks before the inputs are read; the scripts ask again once they are and their fingerprints known.
+    """
+    changes = changed_constants(output, recipe)
+    for name in UNFIT.keys() & changes.keys():
+        if name != "MODEL_READ" or recipe.USE_LORA:  # a checkpoint of all weights needs no others
+            before, now = changes[name]
+            why = UNFIT[name].format(output=str(output))
+            raise UserError(f"{name} was {before!r} and is {now!r}: {why}, or start another run with --output")
+    return changes
 
 
 def existing(output: Path) -> Path:
@@ -252,7 +266,10 @@ def save_recipe(output: Path, recipe: SimpleNamespace) -> None:
 
 
 def changed_constants(output: Path, recipe: SimpleNamespace) -> dict[str, tuple]:
-    """The constants, prompt and versions that differ from what `output` was begun with: name -> (before, now)."""
+    """The constants, prompt and versions that differ from what `output` was begun with: name -> (before, now).
+
+    A fingerprint (..._READ) differs only where both are known: an older run has none, and `find` looks before they are.
+    """
     before, now = _read_json(output / "recipe" / "recipe.json"), describe_recipe(recipe)
     old, new = before.pop("OUTPUT_DIR") + os.sep, now.pop("OUTPUT_DIR") + os.sep
     for name, value in before.items():
@@ -262,6 +279,7 @@ def changed_constants(output: Path, recipe: SimpleNamespace) -> dict[str, tuple]
         name: (before.get(name), now.get(name))
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
+        and not (name.endswith("_READ") and None in (before.get(name), now.get(name)))
     }
 
 

@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from engine import constants, demo, pretraining
 from engine.console import UserError, note, refuse_missing_folder
+from engine.fingerprints import fingerprint_rows, fingerprint_weights
+from engine.questions import pairs_of
 from engine.templates import prompt_of
 
 if TYPE_CHECKING:  # imported where they are used: `--help` and the one-line errors need no seconds to start
     import torch
     from accelerate import PartialState
+    from datasets import Dataset
     from peft import LoraConfig
     from transformers import PreTrainedModel
 
@@ -198,6 +201,23 @@ def start_processes(flags: argparse.Namespace, bf16: bool) -> tuple[PartialState
 
 
 # ------------------------------------------------------------------------------------------------------ the run
+def record_inputs(recipe: SimpleNamespace, checkpoint: Path | None, **questions: Dataset) -> None:
+    """Note in the recipe what the model and the questions contain, as `MODEL_READ`, `TRAIN_READ` and so on.
+
+    Raises:
+        UserError: the run is resumed from `checkpoint`, and cannot go on with what they contain today.
+    """
+    from engine import checkpoints
+
+    for name, rows in questions.items():
+        setattr(recipe, f"{name}_READ", fingerprint_rows(pairs_of(rows)))
+    recipe.MODEL_READ = fingerprint_weights(recipe.MODEL)
+    if getattr(recipe, "REWARD_MODEL", ""):
+        recipe.REWARD_MODEL_READ = fingerprint_weights(recipe.REWARD_MODEL)
+    if checkpoint:
+        checkpoints.refuse_unfit(checkpoint.parent, recipe)
+
+
 # What frees memory, the cheapest first. Only the constants that a recipe has are offered.
 FREES_MEMORY = {
     "MICRO_BATCH": "lower MICRO_BATCH (the step stays the same)",

@@ -130,13 +130,13 @@ def test_empty_split(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("content", ["", "no json"])
 def test_unreadable_data_set(tmp_path, content):
-    """An empty file, garbage: one line that names the place, the way out and the mirror."""
+    """An empty file, garbage: one line that names the place, the file and the way out."""
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "train.jsonl").write_text(content)
     with pytest.raises(UserError) as error:
         load_questions(str(folder), "train")
-    for part in (str(folder), "--dataset", "HF_ENDPOINT"):
+    for part in (str(folder), "train.jsonl: ", "--dataset"):
         assert part in str(error.value)
 
 
