@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING
 import train_grpo
 from engine import pretraining
 from engine.console import UserError, check_ranges, check_types, constants_of, first_line, note, run
+from engine.folder import lock
 from engine.numbers import chinese_share, extract_answer, find_numbers, parse_number
 from engine.questions import load_questions, prompt_of, to_conversation, to_row
 from prompts import WORKED_EXAMPLE
@@ -163,8 +164,8 @@ def claim(output: Path, settings: dict) -> None:
     A run that ended before its first sample, for want of a network say, binds nobody.
     """
     path, log = output / "settings.json", output / "questions.jsonl"
+    lock(output)
     try:
-        output.mkdir(parents=True, exist_ok=True)
         begun = path.exists() and log.exists() and log.stat().st_size > 0
         old = dict(json.loads(path.read_bytes())) if begun else settings
         for name in settings:

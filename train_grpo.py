@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Literal
 
 from engine import demo, pretraining
 from engine.console import UserError, check_ranges, check_types, constants_of, is_a, refuse_missing_folder, run
+from engine.folder import lock
 from engine.questions import load_questions
 from rewards import REWARD_WEIGHTS, REWARDS, weights_fit
 
@@ -328,6 +329,8 @@ def main(argv: list[str] | None = None) -> None:
     state, autocast = take_machine(flags, recipe.BF16)
     accumulation = accumulation_steps(recipe, state.num_processes)
     with state.main_process_first():
+        if state.is_main_process and (output.exists() or not flags.resume):  # no folder is made to be refused
+            lock(output)
         checkpoint = checkpoints.find(output, recipe, flags.resume)
         if flags.demo:
             pretraining.provide(output / "base", flags.model, flags.dataset)

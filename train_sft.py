@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 import train_grpo
 from engine import demo, pretraining
 from engine.console import UserError, check_ranges, check_types, constants_of, first_line, note, run
+from engine.folder import lock
 from engine.numbers import is_label
 from engine.questions import load_questions
 
@@ -256,6 +257,8 @@ def main(argv: list[str] | None = None) -> None:
     state, autocast = train_grpo.take_machine(flags, recipe.BF16)
     accumulation = accumulation_steps(recipe, state.num_processes)
     with state.main_process_first():
+        if state.is_main_process and (output.exists() or not flags.resume):  # no folder is made to be refused
+            lock(output)
         checkpoint = checkpoints.find(output, recipe, flags.resume)
         if flags.demo:
             pretraining.provide(output / "base", flags.model, flags.dataset)
