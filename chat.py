@@ -53,7 +53,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     try:
-        run(main)
+        run(main, outlive_reader=False)
     except EOFError:  # Ctrl-D, the end of a pipe
         if sys.stdin.isatty():
             print()

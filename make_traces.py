@@ -34,8 +34,9 @@ from typing import TYPE_CHECKING
 import train_grpo
 from engine import demo, pretraining, runs
 from engine.console import UserError, first_line, note, run
-from engine.fingerprints import fingerprint_weights
 from engine.constants import check_constants, constants_of
+from engine.fingerprints import fingerprint_weights
+from engine.folder import lock
 from engine.numbers import chinese_share, extract_answer, find_numbers, parse_number
 from engine.questions import load_questions, prompt_of, to_conversation, to_row
 from prompts import WORKED_EXAMPLE
@@ -165,8 +166,8 @@ def claim(output: Path, settings: dict) -> None:
     or that an older run has not recorded.
     """
     path, log = output / "settings.json", output / "questions.jsonl"
+    lock(output)
     try:
-        output.mkdir(parents=True, exist_ok=True)
         begun = path.exists() and log.exists() and log.stat().st_size > 0
         old = dict(json.loads(path.read_bytes())) if begun else settings
         for name in settings:

@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
 
     from transformers import PrinterCallback
 
-    from engine import checkpoints, pretraining
+    from engine import checkpoints
     from engine.curves import read_history
     from engine.models import check_positions, drop_long, load_model
     from engine.monitor import Monitor
@@ -179,10 +179,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     state, autocast = runs.start_processes(flags, recipe.BF16)
     step = ("QUESTIONS_PER_STEP", "COMPLETIONS_PER_QUESTION")
     accumulation = runs.accumulation_steps(recipe, step, state.num_processes)
-    with state.main_process_first():
-        checkpoint = checkpoints.find(output, recipe, flags.resume)
-        if flags.demo:
-            pretraining.provide(output / "base", recipe.MODEL, recipe.DATASET)
+    checkpoint = runs.open_output(flags, recipe, state)
 
     # ---- data, model, trainer
     train, dev, test = load_splits(recipe.DATASET, recipe.DEV_QUESTIONS, unlabelled=recipe.REWARD_MODEL != "")

@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     from datasets import Dataset
     from transformers import PrinterCallback
 
-    from engine import checkpoints, pretraining
+    from engine import checkpoints
     from engine.curves import read_history
     from engine.models import check_positions, load_model
     from engine.monitor import SftMonitor
@@ -212,10 +212,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
 
     state, autocast = runs.start_processes(flags, recipe.BF16)
     accumulation = runs.accumulation_steps(recipe, ("ROWS_PER_STEP",), state.num_processes)
-    with state.main_process_first():
-        checkpoint = checkpoints.find(output, recipe, flags.resume)
-        if flags.demo:
-            pretraining.provide(output / "base", recipe.MODEL, recipe.DATASET)
+    checkpoint = runs.open_output(flags, recipe, state)
 
     # ---- data, model, trainer
     _, dev, test = load_splits(recipe.DATASET, recipe.DEV_QUESTIONS)

@@ -14,7 +14,6 @@ import shlex
 import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +28,7 @@ from transformers.trainer_pt_utils import safe_globals
 
 import prompts
 from engine.console import UserError, first_line, note
+from engine.folder import check_writable, existing
 from engine.model_card import modelfile
 
 # What a run leaves behind that nobody wants overwritten. `base/` (the demo's cache) does not count.
@@ -89,21 +89,6 @@ def refuse_unfit(output: Path, recipe: SimpleNamespace) -> dict[str, tuple]:
             why = UNFIT[name].format(output=str(output))
             raise UserError(f"{name} was {before!r} and is {now!r}: {why}, or start another run with --output")
     return changes
-
-
-def existing(output: Path) -> Path:
-    """The folder itself, or the nearest one above it that is there."""
-    return next(path for path in (output, *output.absolute().parents) if path.exists())
-
-
-def check_writable(output: Path) -> None:
-    """Raises UserError where nothing can be written to `output`, be it there already or not."""
-    try:
-        with tempfile.TemporaryFile(dir=existing(output)):  # tried: no look at permissions tells about all file systems
-            pass
-    except OSError as error:
-        what = "is a file" if output.is_file() else f"cannot be written to ({error.strerror})"
-        raise UserError(f"--output {str(output)!r} {what}; name another folder") from error
 
 
 def begin(output: Path, recipe: SimpleNamespace, checkpoint: Path | None) -> dict:
@@ -261,7 +246,8 @@ def save_recipe(output: Path, recipe: SimpleNamespace) -> None:
     for script in [*project.glob("*.py"), *project.glob("engine/*.py")]:
         copy = folder / script.relative_to(project)
         copy.parent.mkdir(exist_ok=True)
-        shutil.copy(script, copy)
+        copy.unlink(missing_ok=True)  # it may be read-only, as the script may be: no mode is copied
+        shutil.copyfile(script, copy)
     write_json(folder / "recipe.json", describe_recipe(recipe))
 
 
@@ -308,12 +294,13 @@ def save_trained(trainer: Trainer, output: Path, max_tokens: int) -> None:
             trainer.processing_class.save_pretrained(temporary)
         (temporary / "Modelfile").write_text(modelfile(trainer.processing_class, max_tokens), encoding="utf-8")
         open_weights(temporary, temporary / "Modelfile")
+        _sync_all(temporary)
         for path in temporary.iterdir():
-            _sync(path)
             if path.is_dir():  # no folder replaces another
                 _delete([output / path.name])
             os.replace(path, output / path.name)
         temporary.rmdir()
+        _sync(output)
     except Exception as error:  # as in attempt
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
@@ -347,16 +334,25 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def publish(temporary: Path, final: Path) -> None:
-    """Make a checkpoint appear under its name, all of it at once."""
-    for path in [*temporary.rglob("*"), temporary]:
+def _sync_all(folder: Path) -> None:
+    """The same for a folder and all that is in it."""
+    for path in [*folder.rglob("*"), folder]:
         _sync(path)
-    old = final.with_name(f".tmp-old-{final.name}")
-    if final.exists():
-        final.rename(old)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Make a checkpoint appear under its name, all of it at once.
+
+    Where the same step was saved before, that checkpoint stays if it is complete: it holds the same, and replacing it
+    would take two renames, between which a kill would leave no checkpoint of this step under its name.
+    """
+    _sync_all(temporary)
+    if final.exists() and find_fault(final) is None:
+        _delete([temporary])
+        return
+    _delete([final])
     temporary.rename(final)
     _sync(final.parent)
-    _delete([old])
 
 
 def rotate(output: Path, limit: int, best_step: int | None) -> None:
@@ -375,10 +371,11 @@ def rotate(output: Path, limit: int, best_step: int | None) -> None:
 
 
 class StopSignals(TrainerCallback):
-    """Within `with StopSignals(trainer) as stop:` Ctrl-C and SIGTERM end the training after a step, with a save.
+    """Within `with StopSignals(trainer) as stop:` Ctrl-C, SIGTERM and SIGHUP end the training after a step, and save.
 
     The handler only notes the signal, which all processes compare at the end of each step; a second signal finds the
-    system's own handler and ends the process at once. `stop.signal` is 0 or the signal that ended the training.
+    system's own handler and ends the process at once, but for SIGHUP: the shell of a terminal that closes and the
+    kernel both send it. `stop.signal` is 0 or the signal that ended the training.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -386,7 +383,10 @@ class StopSignals(TrainerCallback):
         trainer.add_callback(self)
 
     def __enter__(self) -> StopSignals:
-        self.previous = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup has set
+            numbers.append(signal.SIGHUP)
+        self.previous = {number: signal.signal(number, self.receive) for number in numbers}
         return self
 
     def __exit__(self, *_) -> None:
@@ -395,9 +395,10 @@ class StopSignals(TrainerCallback):
 
     def receive(self, number: int, frame) -> None:
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL if number in (signal.SIGINT, signal.SIGTERM) else signal.SIG_IGN)
         if os.environ.get("RANK", "0") == "0":
-            os.write(2, b"\nstopping after this step; once more stops at once\n")  # print may be in use right now
+            with suppress(OSError):  # a terminal that has closed
+                os.write(2, b"\nstopping after this step; once more stops at once\n")  # print may be in use right now
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.signal = max(gather_object([self.signal]))

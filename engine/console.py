@@ -1,6 +1,7 @@
 """How the program speaks: errors that a user can mend in one line, notes, and the start of every script."""
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -11,11 +12,39 @@ class UserError(Exception):
     """Something the user can mend; the message is one line that names the value, the place and the remedy."""
 
 
-def run(main: Callable[[], None]) -> None:
+class Unfailing(io.RawIOBase):
+    """The end of stdout or stderr: what finds no reader, no terminal or no room on a disk is lost, and nothing else."""
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        self.stream = stream  # kept: collected, it would close what is below it
+        self.raw = getattr(stream.buffer, "raw", stream.buffer)  # under PYTHONUNBUFFERED there is no buffer between
+        self.isatty, self.fileno = self.raw.isatty, self.raw.fileno
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: memoryview) -> int:
+        try:
+            return self.raw.write(data) or len(data)  # None: a pipe that would have to be waited for, and may not be
+        except OSError:
+            return len(data)
+
+
+def run(main: Callable[[], None], outlive_reader: bool = True) -> None:
     """Run a script's `main`; a UserError becomes one line on stderr and exit code 2, as do a full GPU and a full disk;
-    Ctrl-C exit code 130."""
-    for stream in (sys.stdout, sys.stderr):  # a completion may hold what this console cannot show
-        stream.reconfigure(errors="replace")
+    Ctrl-C exit code 130.
+
+    Args:
+        outlive_reader: go on where nobody can read any more what is said; False: `main` meets the error.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # None: it was closed when Python started
+        stream.reconfigure(errors="replace")  # a completion may hold what this console cannot show
+        if outlive_reader:
+            lines = stream.line_buffering or stream.write_through
+            end = io.BufferedWriter(Unfailing(stream))
+            stream = io.TextIOWrapper(end, stream.encoding, "replace", line_buffering=lines)
+        setattr(sys, name, stream)
     try:
         main()
     except UserError as error:

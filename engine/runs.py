@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from engine import constants, demo, pretraining
 from engine.console import UserError, note, refuse_missing_folder
 from engine.fingerprints import fingerprint_rows, fingerprint_weights
+from engine.folder import lock
 from engine.questions import pairs_of
 from engine.templates import prompt_of
 
@@ -201,6 +202,27 @@ def start_processes(flags: argparse.Namespace, bf16: bool) -> tuple[PartialState
 
 
 # ------------------------------------------------------------------------------------------------------ the run
+def open_output(flags: argparse.Namespace, recipe: SimpleNamespace, state: PartialState) -> Path | None:
+    """Lock the output folder for this run, find the checkpoint that it continues, and make what the demo needs.
+
+    Returns:
+        The checkpoint; None for a new run.
+
+    Raises:
+        UserError: as in `folder.lock` and `checkpoints.find`.
+    """
+    from engine import checkpoints
+
+    output = Path(recipe.OUTPUT_DIR)
+    with state.main_process_first():
+        if state.is_main_process and (output.exists() or not flags.resume):  # no folder is made to be refused
+            lock(output)
+        checkpoint = checkpoints.find(output, recipe, flags.resume)
+        if flags.demo:
+            pretraining.provide(output / "base", recipe.MODEL, recipe.DATASET)
+    return checkpoint
+
+
 def record_inputs(recipe: SimpleNamespace, checkpoint: Path | None, **questions: Dataset) -> None:
     """Note in the recipe what the model and the questions contain, as `MODEL_READ`, `TRAIN_READ` and so on.
 

@@ -310,10 +310,12 @@ def test_nothing_is_deleted_before_all_is_refused(train, copy):
     for path in [*copy.glob("checkpoint-*"), copy / "model.safetensors"]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     checkpoints.write_json(copy / "results.json", {"finished": False})
+    (copy / ".lock").unlink()
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
     for mistake in ({"MAX_PROMPT_TOKENS": 1}, {"MICRO_BATCH": 7}, {"LORA_MODULES": ["nonsense"], "USE_LORA": True}):
         with pytest.raises((UserError, ValueError)):
             train(copy, **mistake)
+    (copy / ".lock").unlink()  # every start names its process there
     assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
 
 

@@ -240,7 +240,7 @@ def test_nothing_kept(demo_output):
         (["--skip", "99999", "--output", "{output}"], "--skip 99999: .* has only"),
         (["--free", "--demo"], "leave out --free"),
         (["--model", "./nowhere", "--output", "{output}"], "'./nowhere'"),
-        (["--output", __file__], "cannot be used"),
+        (["--output", __file__], "is a file"),
     ],
 )
 def test_refused(flags, words, tmp_path, demo_base):
