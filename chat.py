@@ -1,7 +1,7 @@
 """Talk to a model under the prompt of its training: one question a line, no history.
 
-python chat.py output
-echo 5分钟多少秒 | python chat.py output
+python chat.py output/grpo
+echo 5分钟多少秒 | python chat.py output/grpo
 """
 
 import argparse
@@ -9,9 +9,11 @@ import contextlib
 import os
 import sys
 
-import train_grpo
 from engine.console import run
-from engine.questions import check_prompt, prompt_of, to_conversation
+from engine.questions import to_prompt
+from engine.templates import encode, find_beside
+
+MAX_TOKENS: int = 1024  # of an answer, for a model that was not trained here
 
 
 def main() -> None:
@@ -30,23 +32,20 @@ def main() -> None:
 
     from engine.models import load_model, pick_device
     from engine.rollout import make_sampler
-    from engine.templates import encode, find_beside
 
-    trained = find_beside(flags.model, "recipe/recipe.json")
-    check_prompt(trained)
-    recipe = train_grpo.default_recipe() | trained
     model, tokenizer = load_model(flags.model)
-    device, autocast = pick_device(flags.cpu, recipe["BF16"])
+    device, autocast = pick_device(flags.cpu, find_beside(flags.model, "recipe/recipe.json").get("BF16", True))
     sampler = make_sampler(model.to(device).eval(), tokenizer, autocast)
+    tokens = model.generation_config.max_new_tokens or MAX_TOKENS
     prompt = ">>> " if sys.stdin.isatty() else ""  # a pipe gets answers only
     if prompt:
         print("One question a line; exit or Ctrl-D leaves.")
     while (question := input(prompt).strip()) != "exit":
         if not question:
             continue
-        (ids,) = encode(tokenizer, [to_conversation(question, **prompt_of(trained))])
+        (ids,) = encode(tokenizer, [to_prompt(question)])
         streamer = TextStreamer(tokenizer, skip_special_tokens=True)  # holds back half a Chinese character
-        for token in sampler.stream(ids, recipe["MAX_COMPLETION_TOKENS"], flags.temperature):
+        for token in sampler.stream(ids, tokens, flags.temperature):
             streamer.put(torch.tensor([token]))
         streamer.end()
 

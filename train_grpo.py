@@ -21,10 +21,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
+import prompts
 from engine import demo, runs
 from engine.console import UserError, refuse_missing_folder, run
 from engine.constants import check_constants, constants_of, is_a
-from prompts import EXAMPLE, SYSTEM_PROMPT
 from rewards import REWARD_WEIGHTS, REWARDS, weights_fit
 
 if TYPE_CHECKING:  # imported where it is used: `--help` and the one-line errors need no seconds to start
@@ -119,7 +119,7 @@ def grpo_config(recipe: SimpleNamespace, on_cpu: bool, bf16: bool, accumulation:
 # --------------------------------------------------------------------------------------------------- how a run goes
 def default_recipe() -> dict[str, Any]:
     """The constants above, the weights of the rewards, and the prompt of a model that was not trained here."""
-    edited = {"REWARD_WEIGHTS": REWARD_WEIGHTS, "SYSTEM_PROMPT": SYSTEM_PROMPT, "EXAMPLE": EXAMPLE}
+    edited = {"REWARD_WEIGHTS": REWARD_WEIGHTS, "SYSTEM_PROMPT": prompts.SYSTEM_PROMPT, "EXAMPLE": prompts.EXAMPLE}
     return constants_of(sys.modules[__name__]) | edited
 
 
@@ -185,6 +185,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     train, dev, test = load_splits(recipe.DATASET, recipe.DEV_QUESTIONS, unlabelled=recipe.REWARD_MODEL != "")
     runs.record_inputs(recipe, checkpoint, TRAIN=train, DEV=dev, TEST=test)
     model, tokenizer = load_model(recipe.MODEL, prompt=runs.prompt_turns(recipe))
+    checkpoints.limit_answers(model, recipe.MAX_COMPLETION_TOKENS)
     limits = {name: getattr(recipe, name) for name in ("MAX_PROMPT_TOKENS", "MAX_COMPLETION_TOKENS")}
     check_positions(model, f"MODEL {recipe.MODEL!r}", **limits)
     fitting = drop_long(train, tokenizer, recipe.MAX_PROMPT_TOKENS, recipe.QUESTIONS_PER_STEP)

@@ -218,6 +218,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     _, dev, test = load_splits(recipe.DATASET, recipe.DEV_QUESTIONS)
     runs.record_inputs(recipe, checkpoint, DEV=dev, TEST=test)
     model, tokenizer = load_model(recipe.MODEL, prompt=runs.prompt_turns(recipe))
+    checkpoints.limit_answers(model, recipe.MAX_COMPLETION_TOKENS)
     check_positions(model, f"MODEL {recipe.MODEL!r}", MAX_TOKENS=recipe.MAX_TOKENS)
     held_out = {prompt[-1]["content"] for rows in (dev, test) for prompt in rows["prompt"]}
     traces = keep_usable(traces, "--traces", tokenizer, held_out, recipe)

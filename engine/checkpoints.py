@@ -23,12 +23,12 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 from safetensors import safe_open
-from transformers import GenerationConfig, Trainer, TrainerCallback
+from transformers import GenerationConfig, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 
 import prompts
 from engine.console import UserError, first_line, note
-from engine.folder import check_writable, existing
+from engine.folder import check_writable, existing, sync, write_text
 from engine.model_card import modelfile
 
 # What a run leaves behind that nobody wants overwritten. `base/` (the demo's cache) does not count.
@@ -205,14 +205,6 @@ def check_disk(output: Path, model: torch.nn.Module, save_limit: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- recipe and results
-def write_text(path: Path, text: str) -> None:
-    """Write all of it or nothing: readers never meet half a file."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    os.replace(temporary, path)
-
-
 def write_json(path: Path, content: dict) -> None:
     """The same for JSON."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
@@ -232,7 +224,7 @@ def read_results(output: Path) -> dict:
 
 def describe_recipe(recipe: SimpleNamespace) -> dict:
     """All that makes an experiment, as JSON gives it back."""
-    names = ("SYSTEM_PROMPT", "EXAMPLE", "OPEN_SYSTEM_PROMPT", "QUESTION_COLUMN", "ANSWER_COLUMN")
+    names = ("OPEN_SYSTEM_PROMPT", "QUESTION_COLUMN", "ANSWER_COLUMN")
     asked = {name: getattr(prompts, name) for name in names}
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "datasets", "peft")}
     return json.loads(json.dumps(vars(recipe) | asked | {"versions": versions}))
@@ -281,8 +273,6 @@ def save_trained(trainer: Trainer, output: Path, max_tokens: int) -> None:
     temporary, lora = output / ".tmp-model", isinstance(trainer.model, PeftModel)
     model = trainer.model.get_base_model() if lora else trainer.model
     model.config.use_cache = True  # the trainer switched it off; whoever loads the model wants it
-    ends = {name: getattr(model.generation_config, name) for name in ("eos_token_id", "pad_token_id")}
-    model.generation_config = GenerationConfig(**ends)  # the base's would sample, and punish repetition
     # merged into rounded weights, small updates would be lost
     assert all(weight.dtype == torch.float32 for weight in trainer.model.parameters())
     try:
@@ -290,6 +280,7 @@ def save_trained(trainer: Trainer, output: Path, max_tokens: int) -> None:
         if not trainer.args.should_save:
             return
         if lora:
+            model.generation_config.save_pretrained(temporary / "adapter")
             trainer.model.merge_and_unload().save_pretrained(temporary)
             trainer.processing_class.save_pretrained(temporary)
         (temporary / "Modelfile").write_text(modelfile(trainer.processing_class, max_tokens), encoding="utf-8")
@@ -300,12 +291,18 @@ def save_trained(trainer: Trainer, output: Path, max_tokens: int) -> None:
                 _delete([output / path.name])
             os.replace(path, output / path.name)
         temporary.rmdir()
-        _sync(output)
+        sync(output)
     except Exception as error:  # as in attempt
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
             f"the trained model could not be saved ({first_line(error)}); mend that and --resume"
         ) from error
+
+
+def limit_answers(model: PreTrainedModel, max_tokens: int) -> None:
+    """Let whoever generates with the saved model do so as it is evaluated here: greedily, with so many tokens."""
+    ends = {name: getattr(model.generation_config, name) for name in ("eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**ends, max_new_tokens=max_tokens)
 
 
 def open_weights(folder: Path, like: Path) -> None:
@@ -323,21 +320,10 @@ def attempt(work: Callable[..., None], *args) -> str | None:
     return None
 
 
-def _sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    if path.is_dir() and os.name == "nt":  # Windows opens no folders and needs none synced
-        return
-    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _sync_all(folder: Path) -> None:
     """The same for a folder and all that is in it."""
     for path in [*folder.rglob("*"), folder]:
-        _sync(path)
+        sync(path)
 
 
 def publish(temporary: Path, final: Path) -> None:
@@ -352,7 +338,7 @@ def publish(temporary: Path, final: Path) -> None:
         return
     _delete([final])
     temporary.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def rotate(output: Path, limit: int, best_step: int | None) -> None:

@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.console import UserError, first_line, note, refuse_missing_folder
-from engine.templates import carry_prompt, encode, fit_template, keep_tags, own_template, prompt_of, todays_prompt
+from engine.templates import (
+    carried_prompt,
+    carry_prompt,
+    encode,
+    find_beside,
+    fit_template,
+    keep_tags,
+    own_template,
+    prompt_of,
+    todays_prompt,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +71,10 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     model, tokenizer = _load(AutoModelForCausalLM, name, dtype)
-    if tokenizer.chat_template:
+    if carried_prompt(tokenizer.chat_template or "") is None:  # not trained here: its limit is meant for other prompts
+        old = find_beside(name, "recipe/recipe.json")  # or trained before the template carried the prompt
+        model.generation_config.max_new_tokens = old.get("MAX_COMPLETION_TOKENS")
+    else:
         tokenizer.chat_template = own_template(tokenizer.chat_template)
     check_tokenizer(model, tokenizer, name, free)
     if not free:
@@ -96,7 +109,7 @@ def load_reward_model(name: str, dtype: torch.dtype | None = None) -> tuple[PreT
 def _load(kind: type, name: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model by one of transformers' AutoModel classes, and its tokenizer. Raises UserError."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, logging
 
     refuse_missing_folder(name, "the model")
     logging.set_verbosity_error()
@@ -109,6 +122,8 @@ def _load(kind: type, name: str, dtype: torch.dtype | None) -> tuple[PreTrainedM
             from peft import AutoPeftModelForCausalLM
 
             model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=torch.float32, **safe).merge_and_unload()
+            if Path(name, "generation_config.json").is_file():  # else it is the base's
+                model.generation_config = GenerationConfig.from_pretrained(name)
             for parameter in model.parameters():  # no sooner: small updates would round away before they are added
                 parameter.data = parameter.data.to(dtype)
         else:

@@ -86,6 +86,7 @@ class WholeCheckpoints:
             if free < needed:
                 raise OSError(f"{free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed")
         self.save_model(str(folder), _internal_call=True)
+        self.accelerator.unwrap_model(self.model).generation_config.save_pretrained(folder)  # an adapter comes without
         self._save_optimizer_and_scheduler(str(folder))
         self._save_scaler(str(folder))
         self._save_rng_state(str(folder))
