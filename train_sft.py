@@ -236,10 +236,8 @@ def main(argv: list[str] | None = None) -> None:
     train_grpo.check_folders(flags, recipe)
     traces = read_rows(recipe.TRACES, "--traces", from_trace)
     mix = read_rows(recipe.MIX, "--mix", from_conversation) if recipe.MIX else []
-    recipe.TRACES_READ, recipe.MIX_READ = (
-        fingerprint_rows(traces),
-        fingerprint_rows(mix),
-    )  # --resume says where they differ
+    # by these --resume says what has changed and kept its name
+    recipe.TRACES_READ, recipe.MIX_READ = fingerprint_rows(traces), fingerprint_rows(mix)
 
     from datasets import Dataset
     from transformers import PrinterCallback
