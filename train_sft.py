@@ -197,6 +197,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     output = Path(recipe.OUTPUT_DIR)
     traces = read_rows(recipe.TRACES, "--traces", from_trace)
     mix = read_rows(recipe.MIX, "--mix", from_conversation) if recipe.MIX else []
+    # by these --resume says what has changed and kept its name
     recipe.TRACES_READ, recipe.MIX_READ = fingerprint_rows(traces), fingerprint_rows(mix)
 
     from datasets import Dataset

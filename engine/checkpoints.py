@@ -37,14 +37,14 @@ TRAINED = ["checkpoint-*", "*.safetensors", "adapter"]
 BEGUN = ["results.json", "samples.jsonl", "runs", "curves.png", "recipe"]
 # What a killed run was about to write, or to delete.
 LEFTOVERS = [".tmp-checkpoint-*", ".tmp-old-checkpoint-*", ".tmp-model", ".tmp-*.json*", ".tmp-README.md"]
-# What must not change when a run is resumed, and why. All else may, and is named.
+# Constants that make what the weights are: a checkpoint fits no others. All else may change when a run is resumed.
 # TRACES is train_sft.py's: neither script goes on with what the other has begun.
-UNFIT = dict.fromkeys(
-    ["MODEL", "TRACES", "USE_LORA", "LORA_RANK", "LORA_ALPHA", "LORA_MODULES"],
-    "the weights saved in {output!r} do not fit that; change it back",
-)
-UNFIT["TEST_READ"] = "`before` in {output!r} was measured on other questions; put the old test split back"
-UNFIT["MODEL_READ"] = "the adapter saved in {output!r} belongs to the old weights; put them back into MODEL's folder"
+UNFIT = {"MODEL", "TRACES", "USE_LORA", "LORA_RANK", "LORA_ALPHA", "LORA_MODULES"}
+# And inputs that must not change, by their fingerprints, though they keep their names
+UNFIT_INPUTS = {
+    "TEST_READ": "`before` in {!r} was measured on other questions; put the old test split back",
+    "MODEL_READ": "the adapter saved in {!r} belongs to the old weights; put them back into MODEL's folder",
+}
 
 
 # -------------------------------------------------------------------------------------- the output folder, before
@@ -83,10 +83,10 @@ def refuse_unfit(output: Path, recipe: SimpleNamespace) -> dict[str, tuple]:
     `find` asks before the inputs are read; the scripts ask again once they are and their fingerprints known.
     """
     changes = changed_constants(output, recipe)
-    for name in UNFIT.keys() & changes.keys():
+    for name in (UNFIT | UNFIT_INPUTS.keys()) & changes.keys():
         if name != "MODEL_READ" or recipe.USE_LORA:  # a checkpoint of all weights needs no others
-            before, now = changes[name]
-            why = UNFIT[name].format(output=str(output))
+            (before, now), folder = changes[name], str(output)
+            why = UNFIT_INPUTS.get(name, "the weights saved in {!r} do not fit that; change it back").format(folder)
             raise UserError(f"{name} was {before!r} and is {now!r}: {why}, or start another run with --output")
     return changes
 

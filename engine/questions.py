@@ -206,7 +206,8 @@ def load_questions(dataset: str, split: str, unlabelled: bool = False) -> Datase
 
 def pairs_of(questions: Dataset) -> list[tuple[str, int | None]]:
     """The question and the label of each row of `load_questions`."""
-    return [(prompt[-1]["content"], label) for prompt, label in zip(*questions[:].values(), strict=True)]
+    asked = (prompt[-1]["content"] for prompt in questions["prompt"])
+    return list(zip(asked, questions["answer"], strict=True))
 
 
 def load_splits(dataset: str, dev: int, unlabelled: bool = False) -> tuple[Dataset, Dataset, Dataset]:
