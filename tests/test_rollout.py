@@ -1,7 +1,7 @@
 """The decode loop gives what `model.generate` gives, with the weights of the moment, and leaves the model alone.
 
 All on tiny random models on the CPU. The captured step is stood in for by a "graph" that runs the same step on the
-same tensors, so that everything but CUDA's own part of it (`Sampler._capture`) is covered; `bench_step.py` does that.
+same tensors, so that everything but CUDA's own part of it (`Sampler._capture`) is covered; check_rollout.py does that.
 """
 
 import copy
