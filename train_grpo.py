@@ -118,8 +118,13 @@ def grpo_config(recipe: SimpleNamespace, on_cpu: bool, bf16: bool, accumulation:
 
 # --------------------------------------------------------------------------------------------------- how a run goes
 def default_recipe() -> dict[str, Any]:
-    """The constants above, the weights of the rewards, and the prompt of a model that was not trained here."""
-    edited = {"REWARD_WEIGHTS": REWARD_WEIGHTS, "SYSTEM_PROMPT": prompts.SYSTEM_PROMPT, "EXAMPLE": prompts.EXAMPLE}
+    """The constants above, the rewards and their weights, and the prompt of a model that was not trained here."""
+    edited = {
+        "REWARDS": REWARDS,
+        "REWARD_WEIGHTS": REWARD_WEIGHTS,
+        "SYSTEM_PROMPT": prompts.SYSTEM_PROMPT,
+        "EXAMPLE": prompts.EXAMPLE,
+    }
     return constants_of(sys.modules[__name__]) | edited
 
 
@@ -193,7 +198,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     preference = [load_preference(recipe, state.device, autocast)] if recipe.REWARD_MODEL else []
     trainer = CarefulTrainer(
         model=model,
-        reward_funcs=REWARDS + preference,
+        reward_funcs=recipe.REWARDS + preference,
         args=grpo_config(recipe, state.device.type == "cpu", autocast is not None, accumulation),
         train_dataset=fitting,
         processing_class=tokenizer,

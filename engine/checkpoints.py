@@ -227,7 +227,8 @@ def describe_recipe(recipe: SimpleNamespace) -> dict:
     names = ("OPEN_SYSTEM_PROMPT", "QUESTION_COLUMN", "ANSWER_COLUMN")
     asked = {name: getattr(prompts, name) for name in names}
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "datasets", "peft")}
-    return json.loads(json.dumps(vars(recipe) | asked | {"versions": versions}))
+    names_of_rewards = {"default": lambda reward: reward.__name__}
+    return json.loads(json.dumps(vars(recipe) | asked | {"versions": versions}, **names_of_rewards))
 
 
 def save_recipe(output: Path, recipe: SimpleNamespace) -> None:

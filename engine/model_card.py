@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from huggingface_hub import ModelCardData
 
 from engine.templates import render
-from rewards import REWARDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,8 +72,8 @@ def model_card(recipe: dict, results: dict) -> str:
         "versions": ", ".join(f"{name} {version}" for name, version in recipe["versions"].items()),
     }
     if grpo:
-        weights = zip(REWARDS, recipe["REWARD_WEIGHTS"], strict=True)
-        settings["weights of the rewards"] = ", ".join(f"{reward.__name__} {weight:g}" for reward, weight in weights)
+        weights = zip(recipe["REWARDS"], recipe["REWARD_WEIGHTS"], strict=True)
+        settings["weights of the rewards"] = ", ".join(f"{name} {weight:g}" for name, weight in weights)
     question = json.dumps([{"role": "user", "content": recipe["PROBE_QUESTION"]}], ensure_ascii=False)
     figures = ""
     for when in ("before", "after"):

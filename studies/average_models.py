@@ -3,7 +3,7 @@
     python studies/average_models.py output/grpo-7 output/grpo-8 --output output/mean
 
 One model, no slower than each ("model soups", arXiv 2203.05482; of GRPO's kind of training: WARP, arXiv 2406.16768).
-What it did on a real model stands in docs/results.md. Chat and evaluation ask it as the first one was asked.
+What it did on a real model stands in docs/results.md. Its chat template carries the first one's prompt.
 """
 
 import argparse
@@ -14,9 +14,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from engine.checkpoints import write_json
 from engine.console import UserError, refuse_missing_folder, run
-from engine.models import find_beside, load_model
+from engine.models import load_model
 
 
 def mean_model(names: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -53,9 +52,6 @@ def main(argv: list[str] | None = None) -> None:
         refuse_missing_folder(name, "the model")
     for part in mean_model(flags.models):
         part.save_pretrained(output)
-    if recipe := find_beside(flags.models[0], "recipe/recipe.json"):  # with the prompt of its training
-        (output / "recipe").mkdir()
-        write_json(output / "recipe" / "recipe.json", recipe)
     print(f"written    {output}: the mean of {len(flags.models)} models")
 
 

@@ -49,11 +49,12 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from trl import GRPOTrainer
 
 import train_grpo
-from engine import demo
+from engine import demo, runs
 from engine.console import UserError, run
-from engine.models import describe_precision, encode, load_model, pick_device
-from engine.questions import to_conversation
+from engine.models import describe_precision, load_model, pick_device
+from engine.questions import to_prompt
 from engine.rollout import Rollout
+from engine.templates import encode
 from engine.trainer import CarefulTrainer
 
 ROOT = Path(train_grpo.__file__).resolve().parent
@@ -133,7 +134,7 @@ def read_work(flags: argparse.Namespace, recipe: dict) -> Work:
         texts = tokenizer([each["text"] for each in line["samples"][:GROUP]], add_special_tokens=False)["input_ids"]
         completions[line["question"]] = [(ids + [tokenizer.eos_token_id])[: flags.tokens] for ids in texts]
     steps, warm = (3, 1) if CUDA else (1, 0)  # a CPU takes minutes for one
-    questions = [to_conversation(question) for question in completions]
+    questions = [to_prompt(question) for question in completions]
     return Work(partial(load_model, flags.model), questions, completions, recipe, steps, warm)
 
 
@@ -233,7 +234,7 @@ def measure(
         own = {"OUTPUT_DIR": folder, "MAX_STEPS": work.steps, "SEED": seed, "USE_LORA": lora, "REWARD_WEIGHTS": [1.0]}
         recipe = SimpleNamespace(**work.recipe | variant.constants | own)
         device, autocast = pick_device(cpu=False, bf16=recipe.BF16)
-        accumulation = train_grpo.accumulation_steps(recipe, processes=1)
+        accumulation = runs.accumulation_steps(recipe, ("QUESTIONS_PER_STEP", "COMPLETIONS_PER_QUESTION"), processes=1)
         config = train_grpo.grpo_config(recipe, device.type == "cpu", autocast is not None, accumulation)
         config.save_strategy = transformers.trainer_utils.SaveStrategy.NO
         model, tokenizer = work.load()
@@ -244,7 +245,7 @@ def measure(
             args=config,
             train_dataset=Dataset.from_dict({"prompt": work.questions}),
             processing_class=tokenizer,
-            peft_config=train_grpo.lora_config(recipe, model) if lora else None,
+            peft_config=runs.lora_config(recipe, model),
             rollout_func=meter.replay if what == "training" else variant.rollout and variant.rollout(),
             callbacks=[meter],
         )

@@ -24,8 +24,8 @@ import qwen
 
 import train_grpo
 from engine.console import UserError, run
-from engine.models import PLAIN_TEMPLATE, encode
-from engine.questions import to_conversation, to_row
+from engine.questions import to_prompt, to_row
+from engine.templates import PLAIN_TEMPLATE, encode, todays_prompt
 
 ENDS = {"eos_token_id": 151645, "pad_token_id": 151643, "bos_token_id": None}
 ROOT = Path(train_grpo.__file__).parent
@@ -37,9 +37,8 @@ import train_grpo
 def mark_reward(completions, **kwargs):  # random weights earn nothing, and what is rewarded alike is not trained on
     return [zlib.crc32(completion[0]["content"].encode()) % 97 / 97 for completion in completions]
 
-train_grpo.REWARDS[0], train_grpo.REWARD_WEIGHTS = mark_reward, [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
-train_grpo.SAVE_LIMIT = 1
-train_grpo.run(train_grpo.main)
+rewards, weights = [mark_reward, *train_grpo.REWARDS[1:]], [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+train_grpo.run(lambda: train_grpo.main(REWARDS=rewards, REWARD_WEIGHTS=weights, SAVE_LIMIT=1))
 """
 QUESTION = "一列火车每小时行驶{a}公里，先行驶了{b}小时，休息之后又行驶了{c}小时，每张车票{d}元。它一共行驶了多少公里？"
 
@@ -49,7 +48,7 @@ def longest_questions(tokenizer: PreTrainedTokenizerBase, limit: int) -> list[st
     texts = [QUESTION.format(a=100 + i, b=1 + i % 7, c=2 + i % 5, d=20 + i % 9) * (limit // 10) for i in range(400)]
 
     def tokens(length: int) -> int:
-        return max(map(len, encode(tokenizer, [to_conversation(text[:length]) for text in texts[::10]])))
+        return max(map(len, encode(tokenizer, [todays_prompt() + to_prompt(text[:length]) for text in texts[::10]])))
 
     length = bisect.bisect_right(range(min(map(len, texts))), limit, key=tokens) - 1
     return [text[: max(length, 0)] for text in texts]

@@ -1,10 +1,10 @@
 """Arms of GRPO on a real model: the same start, questions and seeds, other constants, each measured before and after.
 
-    python studies/compare_arms.py MODEL DATA --train output/asked/sifted --arms right form --seeds 7 8
+    python studies/compare_arms.py MODEL DATA --train output/traces/learnable --arms right form --seeds 7 8
     python studies/compare_arms.py MODEL DATA --steps 2 --questions 8 --set MAX_COMPLETION_TOKENS=128    # a try
 
 MODEL and DATA are what `train_grpo.py --model --dataset` takes; --train names another data set to train on, such as the
-`sifted` that make_traces.py writes. An arm is a line of ARMS. Its model answers DATA's test questions greedily, all of
+`learnable` that make_traces.py writes. An arm is a line of ARMS. Its model answers DATA's test questions greedily, all of
 them, and a sample of them with --samples answers at temperature 1. A few points of 300 questions are chance: read the
 sign test. Stopped at any time, the same command goes on.
 """
@@ -18,9 +18,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from study_rewards import CORRECTNESS, EQUAL, TUTORIAL
-from train_with import read_constants, train
+from train_with import read_constants
 
 import evaluate
+import train_grpo
 from engine.checkpoints import read_results, write_text
 from engine.console import UserError, run
 from engine.questions import load_questions, to_row
@@ -151,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"\n===== {folder.name}", flush=True)
             where = ["--model", flags.model, "--dataset", questions, "--output", str(folder)]
             where += ["--max-steps", str(flags.steps), "--seed", str(seed)]
-            train([*where, *cpu, *["--resume"] * any(folder.glob("checkpoint-*"))], **recipe | ARMS[arm])
+            train_grpo.main([*where, *cpu, *["--resume"] * any(folder.glob("checkpoint-*"))], **recipe | ARMS[arm])
         after = measure(str(folder), data, measured_in, cpu)
         lines.append(row(folder.name, after, compare(output / "before", measured_in), read_results(folder)))
     table = "\n".join(lines)

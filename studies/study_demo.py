@@ -11,8 +11,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from train_with import train
-
+import train_grpo
 from engine import demo
 from engine.checkpoints import read_results
 from engine.console import run
@@ -45,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
                 words = ["--demo", "--cpu", "--model", model, "--dataset", data, "--output", str(folder)]
                 words += ["--seed", str(seed), "--max-steps", str(flags.steps)]
                 words += ["--resume"] * any(folder.glob("checkpoint-*"))
-                train(words, FAST_ROLLOUT=fast)
+                train_grpo.main(words, FAST_ROLLOUT=fast)
             lines.append(row(generation, read_results(folder)))
     print("\n".join(["", *lines]))
 

@@ -19,8 +19,6 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from train_with import train
-
 import train_grpo
 from engine import curves, demo
 from engine.checkpoints import read_results
@@ -102,7 +100,7 @@ def train_variant(variant: str, seed: int, steps: int, base: tuple[str, str], fo
     shutil.rmtree(folder, ignore_errors=True)
     flags = ["--demo", "--cpu", "--output", folder, "--seed", seed, "--max-steps", steps]
     flags += ["--model", base[0], "--dataset", base[1]]
-    train([str(flag) for flag in flags], **VARIANTS[variant][1])
+    train_grpo.main([str(flag) for flag in flags], **VARIANTS[variant][1])
 
 
 def figures(folder: Path) -> dict[str, float]:
