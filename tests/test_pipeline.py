@@ -10,7 +10,11 @@ import make_traces
 import train_grpo
 import train_sft
 
-PARSERS = {"train_grpo.py": train_grpo, "train_sft.py": train_sft, "make_traces.py": make_traces}
+PARSERS = {  # script -> its command line without the script's name, to what it makes of that
+    "train_grpo.py": lambda words: train_grpo.configure(words, {})[0],
+    "train_sft.py": lambda words: train_sft.configure(words, {})[0],
+    "make_traces.py": make_traces.parse_flags,
+}
 
 
 def test_commands_can_be_typed(tmp_path):
@@ -18,11 +22,12 @@ def test_commands_can_be_typed(tmp_path):
     bases = [tmp_path / "base" / name for name in ("untaught", "student")]  # made by whoever names them
     there = [*bases]
     for stage, (script, *words) in study.commands(tmp_path, 7).items():
-        flags = PARSERS[script].parse_flags(words)
+        flags = PARSERS[script](words)
         assert flags.demo and flags.seed == 7 and flags.output == str(tmp_path / "seed-7" / stage)
         assert Path(flags.model) in there
         assert script != "train_sft.py" or Path(flags.traces).parent in there
         there.append(Path(flags.output))
+        there[-1].mkdir(parents=True)  # as the command would: a model that is not there is refused
     assert len(there) == len(bases) + len(study.STAGES)
 
 
