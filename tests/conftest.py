@@ -74,7 +74,7 @@ def run_script(*arguments: object, expect: int = 0, stdin: str = "", **environme
         input=stdin,
         capture_output=True,
         encoding="utf-8",
-        timeout=600,
+        timeout=1200,
     )
     assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done

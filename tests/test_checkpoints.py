@@ -28,7 +28,7 @@ SMALL |= {"BF16": False, "LEARNING_RATE": 5e-4, "WARMUP_STEPS": 1, "GRADIENT_CHE
 
 @pytest.fixture(scope="module")
 def train(demo_base, tmp_path_factory):
-    """Runs main() in this process on a few questions and returns its trainer: train(output, "--resume", SAVE_LIMIT=1)."""
+    """Runs main() in this process on a few questions, returns its trainer: train(output, "--resume", SAVE_LIMIT=1)."""
     folder = tmp_path_factory.mktemp("data")
     data = load_from_disk(demo_base / "data")
     for split, count in (("train", 32), ("test", 8)):
