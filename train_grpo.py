@@ -119,12 +119,8 @@ def grpo_config(recipe: SimpleNamespace, on_cpu: bool, bf16: bool, accumulation:
 # --------------------------------------------------------------------------------------------------- how a run goes
 def default_recipe() -> dict[str, Any]:
     """The constants above, the rewards and their weights, and the prompt of a model that was not trained here."""
-    edited = {
-        "REWARDS": REWARDS,
-        "REWARD_WEIGHTS": REWARD_WEIGHTS,
-        "SYSTEM_PROMPT": prompts.SYSTEM_PROMPT,
-        "EXAMPLE": prompts.EXAMPLE,
-    }
+    edited = {"REWARDS": REWARDS, "REWARD_WEIGHTS": REWARD_WEIGHTS}
+    edited |= {"SYSTEM_PROMPT": prompts.SYSTEM_PROMPT, "EXAMPLE": prompts.EXAMPLE}
     return constants_of(sys.modules[__name__]) | edited
 
 

@@ -3,10 +3,10 @@
     python studies/compare_arms.py MODEL DATA --train output/traces/learnable --arms right form --seeds 7 8
     python studies/compare_arms.py MODEL DATA --steps 2 --questions 8 --set MAX_COMPLETION_TOKENS=128    # a try
 
-MODEL and DATA are what `train_grpo.py --model --dataset` takes; --train names another data set to train on, such as the
-`learnable` that make_traces.py writes. An arm is a line of ARMS. Its model answers DATA's test questions greedily, all of
-them, and a sample of them with --samples answers at temperature 1. A few points of 300 questions are chance: read the
-sign test. Stopped at any time, the same command goes on.
+MODEL and DATA are what `train_grpo.py --model --dataset` takes; --train names another data set to train on, such as
+the `learnable` that make_traces.py writes. An arm is a line of ARMS. Its model answers all of DATA's test questions
+greedily, and a sample of them with --samples answers at temperature 1. A few points of 300 questions are chance: read
+the sign test. Stopped at any time, the same command goes on.
 """
 
 import argparse

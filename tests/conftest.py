@@ -1,10 +1,19 @@
-"""What the tests share: no network, the scripts run as a user runs them, and one barely taught tiny model."""
+"""What the tests share: no network, the scripts run as a user runs them, and one barely taught tiny model.
+
+Python needs some eight seconds to import trl, so `main` is called in this process, or in a fork of it, wherever a
+process of its own is not the point.
+"""
 
 import ast
+import contextlib
+import io
+import multiprocessing
 import os
 import shutil
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +27,44 @@ os.environ.update(
 )
 
 
+FORK = multiprocessing.get_context("fork")  # a process that has imported all that this one has
+
+
+def run_main(main: Callable, *flags: object, **constants: object):
+    """Call a script's `main` in this process, which it leaves as it was; the trainer, if it came to one."""
+    from engine import checkpoints
+
+    trainers, begin = [], checkpoints.StopSignals.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints.StopSignals, "__init__", lambda self, it: trainers.append(it) or begin(self, it))
+        patch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # to be put back: `main` sets it for its own run
+        main([*map(str, flags)], **constants)
+    return trainers[0] if trainers else None
+
+
+def run_two_processes(function: Callable, *args: object) -> list[int]:
+    """Call a function in two processes that share a run as torchrun's do; their exit codes, by rank."""
+    from accelerate.state import AcceleratorState
+
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+
+    def work(rank: int) -> None:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+        os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+        AcceleratorState._reset_state(reset_partial_state=True)  # those of the process that this one is a fork of
+        function(*args)
+
+    processes = [FORK.Process(target=work, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+        process.kill()  # where it hangs
+        process.join()
+    return [process.exitcode for process in processes]
+
+
 def run_script(*arguments: object, expect: int = 0, stdin: str = "", **environment: str) -> subprocess.CompletedProcess:
     """Run `python SCRIPT ...` from the project's root and check its exit code."""
     done = subprocess.run(
@@ -27,7 +74,7 @@ def run_script(*arguments: object, expect: int = 0, stdin: str = "", **environme
         input=stdin,
         capture_output=True,
         encoding="utf-8",
-        timeout=600,
+        timeout=1200,
     )
     assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
@@ -67,3 +114,19 @@ def demo_output(demo_base, tmp_path) -> Path:
     """An output folder that already caches the tests' base, for `--demo --output`."""
     shutil.copytree(demo_base, tmp_path / "run" / "base")
     return tmp_path / "run"
+
+
+@pytest.fixture
+def run_chat(monkeypatch, capsys) -> Callable[..., str]:
+    """Calls chat.py's `main` in this process and returns what it says: run_chat(model, stdin="5分钟多少秒\\n")."""
+    import chat
+
+    def ask(*flags: object, stdin: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["chat.py", *map(str, flags)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        with contextlib.suppress(EOFError):  # the end of a pipe
+            chat.main()
+        return capsys.readouterr().out
+
+    return ask

@@ -6,10 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, run_main
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
+import evaluate
 import prompts
+import train_grpo
 from engine import demo, models, pretraining
 from engine.questions import to_conversation
 from prompts import SYSTEM_PROMPT
@@ -98,12 +100,13 @@ def test_begin_token():
 
 
 # ------------------------------------------------------------------------------------------------ R1-Zero, as a user
-def test_r1_zero(untaught, tmp_path, capsys):
+def test_r1_zero(untaught, tmp_path, capsys, recwarn):
     """GRPO takes the base up and says so; whatever it saves loads as what it has become, and answers end."""
     output = tmp_path / "zero"
-    lora = ["-c", "import train_grpo as t; t.USE_LORA = True; t.run(t.main)"]
-    done = run_script(*lora, "--demo", "--cpu", "--model", untaught, "--max-steps", 2, "--output", output)
-    assert "is a base model" in done.stdout.split("model  ")[0] and "Warning" not in done.stderr
+    flags = ["--demo", "--cpu", "--model", untaught, "--max-steps", 2, "--output", output]
+    run_main(train_grpo.main, *flags, USE_LORA=True)
+    assert "is a base model" in capsys.readouterr().out.split("model  ")[0]
+    assert not [w for w in recwarn if not issubclass(w.category, (FutureWarning, DeprecationWarning))]
     assert sorted(path.name for path in (output / "base").iterdir()) == ["data"]  # no other model was made for it
     for folder in (output, output / "checkpoint-2", output / "adapter"):
         _, tokenizer = models.load_model(str(folder))
@@ -112,7 +115,7 @@ def test_r1_zero(untaught, tmp_path, capsys):
     assert not capsys.readouterr().out
     results = json.loads((output / "results.json").read_text(encoding="utf-8"))
     assert results["model"] == str(untaught) and results["after"]["truncated"] < 0.5
-    run_script("evaluate.py", output, "--cpu", "--output", tmp_path / "again")
+    evaluate.main([str(output), "--cpu", "--output", str(tmp_path / "again")])
     assert json.loads((tmp_path / "again" / "eval.json").read_text()) == results["after"]
 
 

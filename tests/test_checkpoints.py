@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import run_main
 from datasets import load_from_disk
 
 import train_grpo
@@ -27,19 +28,17 @@ SMALL |= {"BF16": False, "LEARNING_RATE": 5e-4, "WARMUP_STEPS": 1, "GRADIENT_CHE
 
 @pytest.fixture(scope="module")
 def train(demo_base, tmp_path_factory):
-    """Runs main() in this process on a few questions: train(output, "--resume", SAVE_LIMIT=1)."""
+    """Runs main() in this process on a few questions, returns its trainer: train(output, "--resume", SAVE_LIMIT=1)."""
     folder = tmp_path_factory.mktemp("data")
     data = load_from_disk(demo_base / "data")
     for split, count in (("train", 32), ("test", 8)):
         data[split] = data[split].select(range(count))
     data.save_to_disk(folder)
 
-    def run(output: Path, *flags: str, **constants: object) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in (SMALL | constants).items():
-                patch.setattr(train_grpo, name, value)
-            model = ["--cpu", "--model", str(demo_base / "model"), "--dataset", str(folder)]
-            train_grpo.main([*model, "--output", str(output), "--max-steps", "3", *flags])
+    common = ["--cpu", "--model", demo_base / "model", "--dataset", folder, "--max-steps", 3]
+
+    def run(output: Path, *flags: str, **constants: object):
+        return run_main(train_grpo.main, *common, "--output", output, *flags, **SMALL | constants)
 
     return run
 
@@ -47,12 +46,8 @@ def train(demo_base, tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole_run(train, tmp_path_factory):
     """The folder of a run of three steps that nothing interrupted, and its trainer."""
-    output, trainers = tmp_path_factory.mktemp("whole") / "run", []
-    with pytest.MonkeyPatch.context() as patch:
-        stop = checkpoints.StopSignals.__init__
-        patch.setattr(checkpoints.StopSignals, "__init__", lambda self, t: trainers.append(t) or stop(self, t))
-        train(output)
-    return SimpleNamespace(output=output, trainer=trainers[0])
+    output = tmp_path_factory.mktemp("whole") / "run"
+    return SimpleNamespace(output=output, trainer=train(output))
 
 
 @pytest.fixture

@@ -166,11 +166,20 @@ def test_made_anew_after_a_change(base, tmp_path, monkeypatch, capsys):
     folder = Path(shutil.copytree(base, tmp_path / "base"))
     made = []
     monkeypatch.setattr(demo, "teach_base", lambda _, __, to: made.append(to) or shutil.copytree(base / "model", to))
-    monkeypatch.setitem(demo.RECIPE, "LEARNING_RATE", 1.0)
-    demo.make_demo(folder)
+    source = Path(demo.__file__).read_text(encoding="utf-8")
+
+    def edited(old: str, new: str) -> None:
+        assert source.count(old) == 1
+        (tmp_path / "demo.py").write_text(source.replace(old, new), encoding="utf-8")
+        monkeypatch.setattr(demo, "__file__", str(tmp_path / "demo.py"))
+        demo.make_demo(folder)
+
+    edited('"MAX_STEPS": 50', '"MAX_STEPS": 7')  # of RECIPE
     assert not made
+    edited("SFT_STEPS = 750", "SFT_STEPS = 751")
+    assert len(made) == 1 and "anew" in capsys.readouterr().out
     monkeypatch.setattr(prompts, "SYSTEM_PROMPT", SYSTEM_PROMPT + " ")
     demo.make_demo(folder)
-    assert len(made) == 1 and "anew" in capsys.readouterr().out
+    assert len(made) == 2 and "anew" in capsys.readouterr().out
     demo.make_demo(folder)
-    assert len(made) == 1
+    assert len(made) == 2

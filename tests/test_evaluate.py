@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, error_line, run_script
+from conftest import ROOT, error_line, run_main, run_script
 
 import chat
 import evaluate as evaluate_script
@@ -146,30 +146,37 @@ def test_greedy_figures_outlive_the_sampling(demo_base, tmp_path, monkeypatch):
     assert len((tmp_path / "eval.jsonl").read_text(encoding="utf-8").splitlines()) == 3
 
 
-def test_evaluate_script_samples(demo_base, tmp_path):
+def test_evaluate_script_samples(demo_base, tmp_path, capsys):
     """--samples draws besides the greedy answers: the same of those, the new figures, every answer; and repeats."""
-    args = ["evaluate.py", demo_base / "model", "--dataset", demo_base / "data", "--limit", 6, "--output", tmp_path]
-    run_script(*args)
+
+    def run(*flags: object) -> str:
+        where = ["--dataset", demo_base / "data", "--limit", 6, "--output", tmp_path]
+        run_main(evaluate_script.main, demo_base / "model", *where, *flags)
+        return capsys.readouterr().out
+
+    run()
     greedy = json.loads((tmp_path / "eval.json").read_text())
-    done = run_script(*args, "--samples", 3)
+    said = run("--samples", 3)
     figures = json.loads((tmp_path / "eval.json").read_text())
     assert {name: figures[name] for name in greedy} == greedy
     assert [*figures][len(greedy) :] == ["samples", "mean", "pass", "mean_ci95", "pass_ci95"]
-    assert 0 <= figures["mean"] <= figures["pass"] <= 1 and "any of 3" in done.stdout
+    assert 0 <= figures["mean"] <= figures["pass"] <= 1 and "any of 3" in said
     rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text(encoding="utf-8").splitlines()]
     answers = [[answer["completion"] for answer in row["samples"]] for row in rows]
     assert [len(each) for each in answers] == [3] * 6 and any(len(set(each)) > 1 for each in answers)
-    assert run_script(*args, "--samples", 3).stdout == done.stdout
-    assert "--samples" in error_line(run_script(*args, "--samples", -1, expect=2))
+    assert run("--samples", 3) == said
+    with pytest.raises(UserError, match="--samples -1"):
+        run("--samples", -1)
 
 
-def test_chat_script(demo_base):
+def test_chat_script(demo_base, run_chat):
     """A pipe of two questions gets two answers, no prompt signs, and a quiet end; `exit` ends it as well."""
-    done = run_script("chat.py", demo_base / "model", stdin="5分钟多少秒\n\n6小时多少分钟\n")
-    assert ">>>" not in done.stdout and done.stdout.strip()
-    assert run_script("chat.py", demo_base / "model", stdin="5分钟多少秒\nexit\n6小时多少分钟\n").stdout in done.stdout
-    sampled = run_script("chat.py", demo_base / "model", "--temperature", 2, stdin="5分钟多少秒\n")
-    assert sampled.stdout.strip()
+    model = demo_base / "model"
+    done = run_script("chat.py", model, stdin="5分钟多少秒\n\n6小时多少分钟\n")
+    assert ">>>" not in done.stdout and done.stdout.strip() and not done.stderr
+    first = run_chat(model, stdin="5分钟多少秒\nexit\n6小时多少分钟\n")
+    assert first.strip() and done.stdout.startswith(first) and first != done.stdout
+    assert run_chat(model, "--temperature", 2, stdin="5分钟多少秒\n").strip()
 
 
 def test_chat_on_a_terminal(demo_base):
@@ -265,13 +272,15 @@ def test_memory_and_folder_are_this_machines(demo_base, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-def test_full_disk(demo_base, tmp_path):
+def test_full_disk(demo_base, tmp_path, capsys):
     """Where the figures find no room the user reads one line that says so."""
     (tmp_path / ".tmp-eval.json").symlink_to("/dev/full")  # what is written first, and renamed
-    flags = ["--dataset", demo_base / "data", "--limit", 2, "--output", tmp_path, "--cpu"]
-    done = run_script("evaluate.py", demo_base / "model", *flags, expect=2)
-    assert re.search(r"^error: .*No space left on device; free some", done.stderr, re.MULTILINE)
-    assert "Traceback" not in done.stderr
+    flags = [demo_base / "model", "--dataset", demo_base / "data", "--limit", 2, "--output", tmp_path, "--cpu"]
+    with pytest.raises(SystemExit) as left:
+        console.run(lambda: run_main(evaluate_script.main, *flags))
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and re.search(r"^error: .*No space left on device; free some", said, re.MULTILINE)
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("script", ["evaluate.py", "chat.py"])

@@ -1,5 +1,6 @@
 """Faults as they happen to users: bad constants, bad model folders, kill -9, SIGTERM, two processes."""
 
+import importlib.util
 import json
 import os
 import re
@@ -7,52 +8,59 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, error_line, run_script
+from conftest import FORK, ROOT, error_line, run_script, run_two_processes
 from safetensors.torch import load_file
 
 import train_grpo
-from engine import checkpoints, models
+from engine import checkpoints, console, models
 from engine.console import UserError
 
 # train_grpo.py as a user starts it, but with a small step, saved after each one, and with completions that are fixed,
 # so that one process and two have the same to train on: what they are depends on the question and the place only.
+# FAULT="2 SIGKILL 1" sends a signal while step 2 is made: to process 1, by itself; SIGTERM goes to the launcher.
 DRIVER = """
-import json, os, sys, zlib
+import json, os, signal, sys, time, zlib
 import train_grpo
-from engine import demo
-demo.RECIPE |= {"QUESTIONS_PER_STEP": 4, "MICRO_BATCH": 8, "SAVE_EVERY": 1, "EVAL_EVERY": 100, "EVAL_QUESTIONS": 8}
-if "--fixed" in sys.argv:
-    sys.argv.remove("--fixed")
-    from engine import rollout, trainer
-    def generate(self, prompts, trainer):
-        first = int(os.environ.get("RANK", 0)) * len(prompts)
-        encode = lambda text: trainer.processing_class(text, add_special_tokens=False)["input_ids"]
-        prompt_ids = trainer.processing_class.apply_chat_template(
-            prompts, add_generation_prompt=True, return_dict=True)["input_ids"]
-        completions = []
-        for i, prompt in enumerate(prompts, first):
-            number = zlib.crc32(prompt[-1]["content"].encode()) % 50 + i % trainer.num_generations
-            tags = ("<think>", "</think>") if number % 3 else ("", "")
-            completions.append(encode(f"{tags[0]}\\n{number}\\n{tags[1]}\\n<answer>\\n{number}\\n</answer><|im_end|>"))
-        return {"prompt_ids": prompt_ids, "completion_ids": completions, "logprobs": None}
-    rollout.Rollout.__call__ = generate
-    write = trainer.CarefulTrainer._write
-    def record(self, folder):
-        write(self, folder)
-        if self.args.should_save:
-            logs = {name: list(self._logs[name]) for name in ("prompt", "completion", "advantages")}
-            logs["rewards"] = {name: list(values) for name, values in self._logs["rewards"].items()}
-            (folder / "logs.json").write_text(json.dumps(logs))
-    trainer.CarefulTrainer._write = record
-try:
-    train_grpo.run(train_grpo.main)
-finally:
-    print(f"rank {os.environ.get('RANK', 0)} ends", flush=True)
+from engine import console, rollout, trainer
+
+def generate(self, prompts, trainer):
+    step, name, rank = os.environ.get("FAULT", "0 - 0").split()
+    if (trainer.state.global_step + 1, os.environ.get("RANK", "0")) == (int(step), rank):
+        launched = name == "SIGTERM" and "WORLD_SIZE" in os.environ
+        os.kill(os.getppid() if launched else os.getpid(), getattr(signal, name))
+        time.sleep(1)  # until the launcher has passed it on
+    first = int(os.environ.get("RANK", 0)) * len(prompts)
+    encode = lambda text: trainer.processing_class(text, add_special_tokens=False)["input_ids"]
+    prompt_ids = trainer.processing_class.apply_chat_template(
+        prompts, add_generation_prompt=True, return_dict=True)["input_ids"]
+    completions = []
+    for i, prompt in enumerate(prompts, first):
+        number = zlib.crc32(prompt[-1]["content"].encode()) % 50 + i % trainer.num_generations
+        tags = ("<think>", "</think>") if number % 3 else ("", "")
+        completions.append(encode(f"{tags[0]}\\n{number}\\n{tags[1]}\\n<answer>\\n{number}\\n</answer><|im_end|>"))
+    return {"prompt_ids": prompt_ids, "completion_ids": completions, "logprobs": None}
+
+def record(self, folder, write=trainer.CarefulTrainer._write):
+    write(self, folder)
+    if self.args.should_save:
+        logs = {name: list(self._logs[name]) for name in ("prompt", "completion", "advantages")}
+        logs["rewards"] = {name: list(values) for name, values in self._logs["rewards"].items()}
+        (folder / "logs.json").write_text(json.dumps(logs))
+
+def main(argv=None):
+    rollout.Rollout.__call__, trainer.CarefulTrainer._write = generate, record
+    small = {"QUESTIONS_PER_STEP": 4, "MICRO_BATCH": 8, "SAVE_EVERY": 1, "SAVE_LIMIT": 9}
+    train_grpo.main(argv, **small, EVAL_EVERY=100, EVAL_QUESTIONS=8)
+
+if __name__ == "__main__":
+    try:
+        console.run(main)
+    finally:
+        print(f"rank {os.environ.get('RANK', 0)} ends", flush=True)
 """
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 
@@ -66,12 +74,14 @@ def driver(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def start():
-    """Starts a run in a process of its own, which writes what it says to OUTPUT/log: start(command, output, flags)."""
+    """Starts a run in a process of its own, which writes what it says to OUTPUT/log: start(command, output, flags).
+
+    The environment may have a FAULT."""
     running = []
 
-    def begin(command: list, output: Path, *flags: object) -> subprocess.Popen:
+    def begin(command: list, output: Path, *flags: object, **environment: str) -> subprocess.Popen:
         arguments = [*command, "--demo", "--cpu", "--output", output, *flags]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
         with open(output / "log", "w") as log:
             running.append(subprocess.Popen(list(map(str, arguments)), env=environment, stdout=log, stderr=log))
         return running[-1]
@@ -82,12 +92,14 @@ def start():
         process.wait(60)
 
 
-def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
-    """Until a file or folder is there."""
-    end = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None and time.monotonic() < end, f"no {path.name}"
-        time.sleep(0.02)
+def run_fork(driver: Path, *flags: object) -> int:
+    """Run DRIVER in a fork of this process; its exit code."""
+    spec = importlib.util.spec_from_file_location("driver", driver)
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    process = FORK.Process(target=module.main, args=(["--demo", "--cpu", *map(str, flags)],))
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 # -------------------------------------------------------------------------------------------------- bad constants
@@ -123,13 +135,12 @@ def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> Non
         ("SAVE_LIMIT", 0),
     ],
 )
-def test_constant_of_a_wrong_kind(monkeypatch, tmp_path, name, value):
+def test_constant_of_a_wrong_kind(tmp_path, name, value):
     """A constant of a wrong type or out of range is named with its value and what it may be, before anything loads."""
-    monkeypatch.setattr(train_grpo, name, value)
     file = "rewards.py" if name == "REWARD_WEIGHTS" else "train_grpo.py"
     flag = ", or by --" if name in ("MODEL", "SEED", "MAX_STEPS") else "$"
     with pytest.raises(UserError, match=f"^{name} = {re.escape(repr(value))} is not .*; mend it in {file}{flag}"):
-        train_grpo.main(["--cpu", "--output", str(tmp_path)])
+        train_grpo.main(["--cpu", "--output", str(tmp_path)], **{name: value})
 
 
 @pytest.mark.parametrize(
@@ -152,9 +163,8 @@ def test_constant_without_its_type(tmp_path, script, line, retyped):
 def test_real_constants_are_right():
     """The recipe itself, and the demo's, pass."""
     for flags in ([], ["--demo"]):
-        train_grpo.check_constants(recipe := train_grpo.make_recipe(train_grpo.parse_flags(flags)))
-    recipe.REWARD_WEIGHTS = [*recipe.REWARD_WEIGHTS[:5], 0.8]  # a tenth
-    train_grpo.check_constants(recipe)
+        _, recipe = train_grpo.configure(flags, {})
+    train_grpo.configure([], {"REWARD_WEIGHTS": [*recipe.REWARD_WEIGHTS[:5], 0.8]})  # a tenth
 
 
 def test_error_as_the_user_sees_it(tmp_path):
@@ -221,22 +231,14 @@ def test_padding_with_the_end_token(demo_base, tmp_path, capsys, pad):
 
 # ----------------------------------------------------------------------------------------------------- real processes
 def test_kill_9_then_sigterm_then_the_end(start, demo_output, driver):
-    """kill -9 after a save, --resume, SIGTERM after a step, --resume: it ends as if nothing had happened."""
+    """kill -9 after a save, --resume, SIGTERM in a step, --resume: it ends as if nothing had happened."""
     command, flags = [sys.executable, driver], ["--max-steps", 3]
-    first = start(command, demo_output, *flags)
-    wait_for(demo_output / "checkpoint-1", first)
-    first.kill()
-    first.wait()
-    second = start(command, demo_output, *flags, "--resume")
-    begun = len(list(demo_output.glob("checkpoint-*")))
-    wait_for(demo_output / f"checkpoint-{begun + 1}", second)
-    second.terminate()
-    code, said = second.wait(), (demo_output / "log").read_text()
-    if begun < 2:  # else it had reached the end
-        assert code == 143, said
-        assert "--max-steps 3 --resume\n" in said and "Traceback" not in said
-    third = start(command, demo_output, *flags, "--resume")
-    assert third.wait() == 0, (demo_output / "log").read_text()
+    assert start(command, demo_output, *flags, FAULT="2 SIGKILL 0").wait(300) == -signal.SIGKILL
+    assert json.loads((demo_output / "results.json").read_text())["finished"] is False
+    code = start(command, demo_output, *flags, "--resume", FAULT="2 SIGTERM 0").wait(300)
+    said = (demo_output / "log").read_text()
+    assert code == 143 and "--max-steps 3 --resume\n" in said and "Traceback" not in said, said
+    assert run_fork(driver, *flags, "--output", demo_output, "--resume") == 0
     results = json.loads((demo_output / "results.json").read_text())
     assert results["finished"] and results["steps"] == 3
     assert [checkpoints.find_fault(path) for path in sorted(demo_output.glob("checkpoint-*"))] == [None] * 3
@@ -245,19 +247,30 @@ def test_kill_9_then_sigterm_then_the_end(start, demo_output, driver):
 
 
 def test_two_processes_train_like_one(start, demo_output, driver, tmp_path):
-    """torchrun with two processes: the same steps, completions, rewards, advantages and, but for rounding, weights.
+    """torchrun with two processes, one killed, both stopped, both brought to the end: at every step the completions,
+    rewards and advantages of one process that nothing stopped, and in the end, but for rounding, its weights.
 
-    The second one stays until the first is done: gone earlier, it could abort (`end_together`).
+    kill -9 of one process ends the other with a message, no hang. On SIGTERM for the launcher both finish the step, the
+    main one saves and says how to go on. The second one stays until the first is done: gone earlier, it could abort
+    (`end_together`).
     """
-    one = Path(shutil.copytree(demo_output, tmp_path / "one"))
-    run = start([*TORCHRUN, driver], demo_output, "--max-steps", 2, "--fixed")
-    assert run.wait(300) == 0, (demo_output / "log").read_text()
-    alone = start([sys.executable, driver], one, "--max-steps", 2, "--fixed")
-    assert alone.wait(300) == 0, (one / "log").read_text()
+    one, flags = Path(shutil.copytree(demo_output, tmp_path / "one")), ["--max-steps", 3]
+    assert start([*TORCHRUN, driver], demo_output, *flags, FAULT="2 SIGKILL 1").wait(300) != 0
+    assert "SIGKILL" in (demo_output / "log").read_text()
+
+    assert start([*TORCHRUN, driver], demo_output, *flags, "--resume", FAULT="2 SIGTERM 0").wait(300) != 0
     said = (demo_output / "log").read_text()
-    assert "device     2 x CPU" in said and said.count("step 2/2") == 1 and said.count("before  ") == 1
+    assert said.count("stopped by SIGTERM; continue checkpoint-2 with") == 1 and "(the same launcher)" in said
+    assert "Traceback" not in said.split("stopped by")[0] and "SIGABRT" not in said
+    assert said.index("rank 1 ends") > said.index("stopped by SIGTERM")
+
+    assert start([*TORCHRUN, driver], demo_output, *flags, "--resume").wait(300) == 0, (demo_output / "log").read_text()
+    said = (demo_output / "log").read_text()
+    assert "device     2 x CPU" in said and said.count("step 3/3") == 1
     assert said.index("rank 1 ends") > said.index("after  ")
-    for step in (1, 2):
+
+    assert run_fork(driver, *flags, "--output", one) == 0
+    for step in (1, 2, 3):
         theirs, its = (
             json.loads((folder / f"checkpoint-{step}" / "logs.json").read_text()) for folder in (demo_output, one)
         )
@@ -266,7 +279,7 @@ def test_two_processes_train_like_one(start, demo_output, driver, tmp_path):
         assert theirs["rewards"] == its["rewards"]
         assert theirs["advantages"] == pytest.approx(its["advantages"], abs=1e-5)
         assert any(theirs["advantages"])
-    names = {path.name for path in (demo_output / "checkpoint-2").iterdir()}
+    names = {path.name for path in (demo_output / "checkpoint-3").iterdir()}
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= names
     ours, others = load_file(demo_output / "model.safetensors"), load_file(one / "model.safetensors")
     base = load_file(one / "base" / "model" / "model.safetensors")
@@ -276,35 +289,13 @@ def test_two_processes_train_like_one(start, demo_output, driver, tmp_path):
     assert torch.isfinite(torch.tensor(moved)) and moved > 0
 
 
-def test_one_of_two_processes_dies(start, demo_output, driver):
-    """kill -9 of one process ends the other with a message, no hang; a user's error ends both with one line."""
-    run = start([*TORCHRUN, driver], demo_output, "--max-steps", 50)
-    wait_for(demo_output / "checkpoint-1", run)
-    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
-    assert run.wait(60) != 0
-    assert "SIGKILL" in (demo_output / "log").read_text()
-    begun = time.monotonic()
-    again = start([*TORCHRUN, driver], demo_output, "--max-steps", 50)  # holds a run already
-    assert again.wait(60) != 0 and time.monotonic() - begun < 60
-    said = (demo_output / "log").read_text()
+def test_users_error_in_two_processes(demo_output, capfd):
+    """Both end with exit code 2, and only the first one of the machine says why."""
+    (demo_output / "checkpoint-1").mkdir()
+
+    def main() -> None:
+        console.run(lambda: train_grpo.main(["--demo", "--cpu", "--output", str(demo_output)]))
+
+    assert run_two_processes(main) == [2, 2]
+    said = capfd.readouterr().err
     assert said.count("error: ") == 1 and "already holds a run" in said
-
-
-def test_two_processes_are_stopped_and_go_on(start, demo_output, driver):
-    """SIGTERM for the launcher: both finish the step, the main one saves and says how to go on, and they go on."""
-    run = start([*TORCHRUN, driver], demo_output, "--max-steps", 50)
-    wait_for(demo_output / "checkpoint-1", run)
-    run.terminate()
-    assert run.wait(60) != 0
-    said = (demo_output / "log").read_text()
-    assert (
-        said.count("stopped by SIGTERM") == 1
-        and "(the same launcher)" in said
-        and "Traceback" not in said.split("stopped by")[0]
-    )
-    assert said.index("rank 1 ends") > said.index("stopped by SIGTERM") and "SIGABRT" not in said
-    last = max(int(path.name.removeprefix("checkpoint-")) for path in demo_output.glob("checkpoint-*"))
-    again = start([*TORCHRUN, driver], demo_output, "--max-steps", last + 1, "--resume")
-    assert again.wait(300) == 0, (demo_output / "log").read_text()
-    assert json.loads((demo_output / "results.json").read_text())["steps"] == last + 1

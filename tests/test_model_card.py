@@ -6,7 +6,7 @@ import subprocess
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_main
 from huggingface_hub import ModelCard
 
 import prompts
@@ -31,12 +31,9 @@ def run(demo_base, tmp_path_factory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("own")
     paste = block_with("my_data/train.jsonl", README).split("python ")[0]
     subprocess.run(["bash", "-euc", paste], cwd=folder, check=True)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"QUESTIONS_PER_STEP": 2, "MAX_COMPLETION_TOKENS": 32, "BF16": False}.items():
-            patch.setattr(train_grpo, name, value)
-        data, output = folder / "my_data", folder / "run"
-        flags = ["--cpu", "--max-steps", "1", "--model", str(demo_base / "model"), "--dataset", str(data)]
-        train_grpo.main([*flags, "--output", str(output)])
+    data, output = folder / "my_data", folder / "run"
+    flags = ["--cpu", "--max-steps", 1, "--model", demo_base / "model", "--dataset", data, "--output", output]
+    run_main(train_grpo.main, *flags, QUESTIONS_PER_STEP=2, MAX_COMPLETION_TOKENS=32, BF16=False)
     read = {name: json.loads((output / path).read_text(encoding="utf-8")) for name, path in RECORDS.items()}
     return SimpleNamespace(output=output, data=data, **read)
 

@@ -8,12 +8,13 @@ from statistics import fmean
 from types import SimpleNamespace
 
 import pytest
-from conftest import run_script
+from conftest import run_main, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugin_util import markdown_to_safe_html
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.tensorboard import SummaryWriter
 
+import train_grpo
 from engine import monitor
 from engine.console import UserError
 from engine.curves import draw_curves, read_history
@@ -188,20 +189,17 @@ def test_repetition(text, repeats):
     assert monitor.repeats_itself(text) is repeats
 
 
-def test_a_step_that_is_not_finite_ends_the_run_unsaved(demo_output):
-    script = """
-import train_grpo
+def test_a_step_that_is_not_finite_ends_the_run_unsaved(demo_output, monkeypatch):
+    """A reward of the second step that is no number: the step is named, and nothing is saved after the first one."""
+    calls = []
 
-def mark_reward(completions, **kwargs):
-    mark_reward.calls += 1
-    return [float("nan") if mark_reward.calls == 2 else 0.5] * len(completions)
+    def mark_reward(completions, **kwargs):
+        calls.append(len(completions))
+        return [math.nan if len(calls) == 2 else 0.5] * len(completions)
 
-mark_reward.calls = 0
-train_grpo.REWARDS[0], train_grpo.SAVE_EVERY = mark_reward, 1
-train_grpo.run(train_grpo.main)
-"""
-    done = run_script("-c", script, "--demo", "--output", demo_output, "--max-steps", "3", expect=2)
-    assert done.stderr.strip().splitlines()[-1].startswith("error: step 2: rewards/mark_reward/mean not finite")
+    monkeypatch.setitem(REWARDS, 0, mark_reward)
+    with pytest.raises(UserError, match="^step 2: rewards/mark_reward/mean not finite"):
+        run_main(train_grpo.main, "--demo", "--output", demo_output, "--max-steps", 3, SAVE_EVERY=1)
     assert [path.name for path in demo_output.glob("checkpoint-*")] == ["checkpoint-1"]
     assert (demo_output / "curves.png").exists() and not (demo_output / "model.safetensors").exists()
 
@@ -292,10 +290,12 @@ def test_curves_of_one_run_and_of_several(tmp_path):
         (tmp_path / "curves.png").unlink()
 
 
-def test_what_a_run_leaves_to_look_at(demo_output):
-    done = run_script("train_grpo.py", "--demo", "--output", demo_output, "--max-steps", "3")
-    assert "ALARM" not in done.stdout
-    assert "held-out   " not in done.stdout  # the first point comes from `before`, the last one from `after`
+def test_what_a_run_leaves_to_look_at(demo_output, capsys):
+    """Curves, samples and held-out accuracy of a run of three steps, in the files and as TensorBoard shows them."""
+    run_main(train_grpo.main, "--demo", "--output", demo_output, "--max-steps", 3)
+    said = capsys.readouterr().out
+    assert "ALARM" not in said
+    assert "held-out   " not in said  # the first point comes from `before`, the last one from `after`
 
     events = EventAccumulator(str(demo_output / "runs")).Reload().Tags()
     groups = {tag.partition("/")[0] for tag in events["scalars"]}

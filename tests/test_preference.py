@@ -4,21 +4,20 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from statistics import fmean, stdev
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, error_line, run_script
+from accelerate import PartialState
+from conftest import run_main, run_two_processes
 from datasets import Dataset, DatasetDict, load_from_disk
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForSequenceClassification
 
 import train_grpo
-from engine import checkpoints, models, preference, rollout
+from engine import models, preference, rollout
 from engine.console import UserError
 from engine.curves import read_history
 from engine.models import load_reward_model
@@ -79,15 +78,10 @@ def train(demo_base, judge, mixed):
         return {"prompt_ids": models.encode(tokenizer, prompts), "completion_ids": completions, "logprobs": None}
 
     def run(output: Path, steps: int, **constants: object):
-        trainers, stop = [], checkpoints.StopSignals.__init__
+        flags = ["--cpu", "--model", demo_base / "model", "--dataset", mixed, "--max-steps", steps, "--output", output]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(checkpoints.StopSignals, "__init__", lambda self, t: trainers.append(t) or stop(self, t))
             patch.setattr(rollout.Rollout, "__call__", generate)
-            for name, value in (SMALL | {"REWARD_MODEL": str(judge)} | constants).items():
-                patch.setattr(train_grpo, name, value)
-            flags = ["--model", demo_base / "model", "--dataset", mixed, "--max-steps", steps, "--output", output]
-            train_grpo.main([*map(str, flags), "--cpu"])
-        return trainers[0]
+            return run_main(train_grpo.main, *flags, **SMALL | {"REWARD_MODEL": str(judge)} | constants)
 
     return run
 
@@ -235,59 +229,42 @@ def test_steps_of_one_kind(train, tmp_path, capsys):
 def test_a_reward_that_should_apply_is_missed(train, tmp_path, monkeypatch):
     """Of a silent step nothing is expected; of any other a mean that is not finite still ends the run."""
     nothing = [None] * 16
-    monkeypatch.setattr(train_grpo, "load_preference", None, raising=False)
     monkeypatch.setattr(preference, "load_preference", lambda *_: lambda completions, **_: nothing[: len(completions)])
     with pytest.raises(UserError, match="step 1: rewards/.*not finite"):
         train(tmp_path / "run", 2)
 
 
-# A group of two, of six rows in all, is split over two processes of three.
-SPLIT = """
-import json, os, sys
-from types import SimpleNamespace
-import torch
-from accelerate import PartialState
-from engine import preference
-PartialState(cpu=True)
-recipe = SimpleNamespace(
-    REWARD_MODEL=sys.argv[1], MICRO_BATCH=2, COMPLETIONS_PER_QUESTION=2, MAX_PROMPT_TOKENS=9, MAX_COMPLETION_TOKENS=9)
-reward = preference.load_preference(recipe, torch.device("cpu"), None)
-preference.score = lambda model, tokenizer, dialogues, size: [float(d[-1]["content"]) for d in dialogues]
-texts, labels = ["1", "2", "8", "9", "5", "5"], [None, None, None, None, 7, 7]
-first = 3 * int(os.environ["RANK"])
-mine = slice(first, first + 3)
-ranks = reward(
-    prompts=[[{"role": "user", "content": "?"}]] * 3, answer=labels[mine],
-    completions=[[{"role": "assistant", "content": f"</think>{text}"}] for text in texts[mine]])
-with open(sys.argv[2] + os.environ["RANK"], "w") as file:  # not printed: two processes would mix their lines
-    json.dump(ranks, file)
-PartialState().wait_for_everyone()  # one that is gone ends the other with an error
-torch.distributed.destroy_process_group()
-"""
+def rank_a_share(judge: Path, folder: Path) -> None:
+    """One of two processes: the ranks of its three rows, of six in groups of two, with scores that are their texts."""
+    PartialState(cpu=True)
+    sizes = {"MICRO_BATCH": 2, "COMPLETIONS_PER_QUESTION": 2, "MAX_PROMPT_TOKENS": 9, "MAX_COMPLETION_TOKENS": 9}
+    reward = load_preference(SimpleNamespace(REWARD_MODEL=str(judge), **sizes), torch.device("cpu"), None)
+    preference.score = lambda model, tokenizer, dialogues, size: [float(d[-1]["content"]) for d in dialogues]
+    texts, labels = ["1", "2", "8", "9", "5", "5"], [None, None, None, None, 7, 7]
+    rank = int(os.environ["RANK"])
+    mine = slice(3 * rank, 3 * rank + 3)
+    ranks = reward(
+        prompts=[[{"role": "user", "content": "?"}]] * 3, answer=labels[mine],
+        completions=[[{"role": "assistant", "content": f"</think>{text}"}] for text in texts[mine]],
+    )  # fmt: skip
+    (folder / f"ranks-{rank}").write_text(json.dumps(ranks))
+    PartialState().wait_for_everyone()  # one that is gone ends the other with an error
 
 
 def test_a_group_may_be_split_over_two_processes(judge, tmp_path):
-    (tmp_path / "split.py").write_text(SPLIT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, tmp_path / "split.py", judge, tmp_path / "ranks-"],
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    files = [tmp_path / f"ranks-{rank}" for rank in range(2)]
-    assert all(file.exists() for file in files), done.stderr
-    ranks = [json.loads(file.read_text()) for file in files]
+    """A group of two, of six rows in all, lies on both of two processes, and its ranks are those of the whole group."""
+    assert run_two_processes(rank_a_share, judge, tmp_path) == [0, 0]
+    ranks = [json.loads((tmp_path / f"ranks-{rank}").read_text()) for rank in range(2)]
     assert ranks == [[0.0, 1.0, 0.0], [1.0, None, None]]
 
 
 # --------------------------------------------------------------------------------------------------- what is refused
-def test_one_line_as_a_user(demo_base, mixed, tmp_path):
+def test_not_a_reward_model(train, demo_base, tmp_path):
     """A causal language model scores nothing: one line that says so, before anything is written."""
-    model = demo_base / "model"
-    edits = f"train_grpo.REWARD_MODEL, train_grpo.QUESTIONS_PER_STEP = {str(model)!r}, 4"
-    command = f"import train_grpo; {edits}; train_grpo.run(train_grpo.main)"
-    flags = ["--cpu", "--model", model, "--dataset", mixed, "--output", tmp_path / "run"]
-    line = error_line(run_script("-c", command, *flags, expect=2))
-    assert f"{str(model)!r}, a Qwen2ForCausalLM, do not make a Qwen2ForSequenceClassification" in line
+    with pytest.raises(UserError) as error:
+        train(tmp_path / "run", 1, REWARD_MODEL=str(demo_base / "model"))
+    line = str(error.value)
+    assert f"{str(demo_base / 'model')!r}, a Qwen2ForCausalLM, do not make a Qwen2ForSequenceClassification" in line
     assert "score.weight" in line and not (tmp_path / "run").exists()
 
 

@@ -7,8 +7,6 @@ same tensors, so that everything but CUDA's own part of it (`Sampler._capture`) 
 import copy
 import json
 import os
-import subprocess
-import sys
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -16,6 +14,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import pytest
 import torch
+from conftest import run_two_processes
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -665,32 +664,18 @@ def test_training_repeats_and_falls_back(tmp_path, capsys):
     assert sum("top_k=2" in line for line in capsys.readouterr().out.splitlines()) == 1
 
 
-TWO_RANKS = """
-import json, os, sys, pathlib
-import torch
-from test_rollout import Watch, make_trainer
-
-torch.set_num_threads(1)
-folder, rollout = pathlib.Path(sys.argv[1]), Watch()
-split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "ddp_find_unused_parameters": False}
-trainer = make_trainer(folder, rollout, max_steps=2, **split)
-trainer.train()
-(folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(rollout.made))
-torch.distributed.barrier()
-os._exit(0)  # gloo's threads now and then abort the interpreter's own end
-"""
+def train_a_rank(folder) -> None:
+    """One of two processes: two steps, and what it generated for them."""
+    rollout = Watch()
+    split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "ddp_find_unused_parameters": False}
+    make_trainer(folder, rollout, max_steps=2, **split).train()
+    (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(rollout.made))
+    torch.distributed.barrier()
 
 
 def test_two_ranks_draw_differently(tmp_path):
     """Under DDP the two halves of a group have the same prompt and different completions, from the same weights."""
-    script = tmp_path / "two_ranks.py"
-    script.write_text(TWO_RANKS)
-    here = os.path.dirname(os.path.abspath(__file__))
-    paths = os.pathsep.join([here, os.path.dirname(here)])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run(
-        [*command, script, tmp_path], env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, check=True
-    )
+    assert run_two_processes(train_a_rank, tmp_path) == [0, 0]
     one, two = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert [step["prompt_ids"] for step in one] == [step["prompt_ids"] for step in two]
     for a, b in zip(one, two, strict=True):

@@ -2,29 +2,29 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, error_line, names_read, run_script
+from conftest import FORK, error_line, names_read, run_main, run_script
 from datasets import load_from_disk
 from safetensors.torch import load_file
 
+import evaluate
 import train_grpo
 import train_sft
 from engine import checkpoints, models, pretraining
 from engine.console import UserError
+from engine.constants import constants_of
 from engine.curves import read_history
 from engine.demo import CAREFUL, SFT_RECIPE, draw_problems
 from engine.questions import to_conversation
 from engine.trainer import CarefulSFTTrainer
 
-SMALL = {"ROWS_PER_STEP": 8, "MICRO_BATCH": 4, "LEARNING_RATE": 1e-3}  # of train_sft.py
-SHARED = {"MAX_COMPLETION_TOKENS": 96, "EVAL_QUESTIONS": 8, "SAVE_EVERY": 1, "SAVE_LIMIT": 9, "BF16": False}
+SMALL = {"ROWS_PER_STEP": 8, "MICRO_BATCH": 4, "LEARNING_RATE": 1e-3, "SAVE_EVERY": 1, "SAVE_LIMIT": 9}
+SMALL |= {"MAX_COMPLETION_TOKENS": 96, "EVAL_QUESTIONS": 8, "BF16": False}  # these are train_grpo.py's
 RESULT_KEYS = set(
     "model dataset seed steps device before after probe best finished train_seconds trained_tokens_per_second "
     "step_seconds peak_memory_gb".split()
@@ -70,15 +70,9 @@ def train(demo_base, careful, tmp_path_factory):
     common = ["--model", demo_base / "model", "--dataset", folder / "data", "--cpu", "--max-steps", "5"]
 
     def run(output: Path, *flags: object, traces: Path = traces, **constants: object) -> CarefulSFTTrainer:
-        trainers, stop = [], checkpoints.StopSignals.__init__
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(checkpoints.StopSignals, "__init__", lambda self, t: trainers.append(t) or stop(self, t))
-            for name, value in (SMALL | SHARED | constants).items():
-                patch.setattr(train_sft if hasattr(train_sft, name) else train_grpo, name, value)
-            train_sft.main([*map(str, common), "--traces", str(traces), "--output", str(output), *map(str, flags)])
-        return trainers[0]
+        flags = [*common, "--traces", traces, "--output", output, *flags]
+        return run_main(train_sft.main, *flags, **SMALL | constants)
 
-    run.command = [*common, "--traces", traces]
     return run
 
 
@@ -90,7 +84,7 @@ def whole_run(train, tmp_path_factory):
 
 
 # ---------------------------------------------------------------------------------------------------------- learning
-def test_it_learns_as_a_user(demo_output, demo_base, careful):
+def test_it_learns_as_a_user(demo_output, demo_base, careful, run_chat):
     """Two epochs on careful traces: the loss halves, unseen questions come out right, and all files are there."""
     write(demo_output / "traces.jsonl", careful)  # where make_traces.py --demo writes them
     done = run_script("train_sft.py", "--demo", "--cpu", "--output", demo_output)
@@ -117,9 +111,9 @@ def test_it_learns_as_a_user(demo_output, demo_base, careful):
     assert {tensor.dtype for tensor in after.values()} == {torch.float32}
     assert all(not torch.equal(before[name], after[name]) for name in before)
 
-    run_script("evaluate.py", demo_output, "--cpu", "--output", demo_output / "again")
+    evaluate.main([str(demo_output), "--cpu", "--output", str(demo_output / "again")])
     assert json.loads((demo_output / "again" / "eval.json").read_text()) == results["after"]
-    assert run_script("chat.py", demo_output, stdin="5分钟多少秒\n").stdout.strip() == results["probe"]["after"].strip()
+    assert run_chat(demo_output, stdin="5分钟多少秒\n").strip() == results["probe"]["after"].strip()
 
 
 def test_only_completions_are_learned(whole_run, careful):
@@ -190,24 +184,19 @@ def test_interrupted_run_ends_bit_identical(train, whole_run, tmp_path, monkeypa
 
 
 def test_kill_9(train, whole_run, tmp_path):
-    """Killed at any moment after its first save, it goes on from a whole checkpoint to the same end."""
-    constants = "; ".join(
-        f"{'train_sft' if hasattr(train_sft, name) else 'train_grpo'}.{name} = {value!r}"
-        for name, value in (SMALL | SHARED).items()
-    )
-    script = f"import train_grpo, train_sft; {constants}; train_sft.run(train_sft.main)"
-    command = ["-c", script, *train.command, "--output", tmp_path / "run"]
+    """kill -9 after its first save and after a later one: it goes on from a whole checkpoint to the same end."""
+    output = tmp_path / "run"
     for kill in range(2):  # of five steps
-        resume = ["--resume"] * any((tmp_path / "run").glob("checkpoint-*"))
-        started = [sys.executable, *map(str, command), *resume]
-        with subprocess.Popen(started, cwd=ROOT, stdout=subprocess.PIPE) as killed:
-            for line in killed.stdout:
-                if line.startswith(b"step ") and any((tmp_path / "run").glob("checkpoint-*")):
-                    time.sleep(0.03 * kill)
-                    break
-            killed.kill()
-        assert not (tmp_path / "run" / "model.safetensors").exists()  # it was killed on the way
-    run_script(*command, "--resume")
+        begun = len(list(output.glob("checkpoint-*")))
+        killed = FORK.Process(target=train, args=(output, *["--resume"] * (begun > 0)))
+        killed.start()
+        while not (output / f"checkpoint-{begun + 1}").exists() and killed.is_alive():
+            time.sleep(0.005)
+        time.sleep(0.03 * kill)
+        killed.kill()
+        killed.join()
+        assert killed.exitcode == -signal.SIGKILL and not (output / "model.safetensors").exists()  # on the way
+    train(output, "--resume")
     assert (tmp_path / "run/model.safetensors").read_bytes() == (whole_run.output / "model.safetensors").read_bytes()
 
 
@@ -322,7 +311,8 @@ def test_bad_mix(line, train, tmp_path):
 
 def test_one_line_as_a_user(tmp_path):
     """Exit code 2 and one line: without --traces, with a file that is not there."""
-    assert "--traces FILE is missing" in error_line(run_script("train_sft.py", "--cpu", expect=2))
+    with pytest.raises(UserError, match="--traces FILE is missing"):
+        train_sft.main(["--cpu"])
     line = error_line(run_script("train_sft.py", "--demo", "--output", tmp_path / "run", expect=2))
     assert str(tmp_path / "run" / "traces.jsonl") in line and not (tmp_path / "run").exists()
 
@@ -347,19 +337,21 @@ def test_constants_are_checked(name, value, words, train, tmp_path):
 
 def test_every_constant_has_one_home():
     """What is shared is not repeated, the demo changes only what exists, and every constant is read somewhere."""
-    own, shared = train_sft.constants_of(train_sft), set(train_sft.SHARED)
+    own, shared = constants_of(train_sft), set(train_sft.SHARED)
     assert shared <= set(train_grpo.default_recipe()) and not shared & set(own)
     assert set(SFT_RECIPE) <= shared | set(own) and "TRACES" in checkpoints.UNFIT
     assert shared | set(own) <= names_read()
 
 
-def test_flags_override_constants(monkeypatch):
-    """Each flag sets its one constant; the demo's recipe is below the flags, above the constants."""
+def test_flags_override_constants():
+    """Each flag sets its one constant; the demo's recipe is below the arguments of main, these below the flags."""
     flags = "--model m --dataset d --output o --max-steps 7 --seed 8 --traces t --mix x".split()
-    recipe = train_sft.make_recipe(train_sft.parse_flags(flags))
+    _, recipe = train_sft.configure(flags, {"SEED": 9, "EPOCHS": 3.0})
+    assert recipe.EPOCHS == 3.0 and train_sft.EPOCHS == 2.0
     values = [recipe.MODEL, recipe.DATASET, recipe.OUTPUT_DIR, recipe.MAX_STEPS, recipe.SEED, recipe.TRACES, recipe.MIX]
     assert values == ["m", "d", "o", 7, 8, "t", "x"]
-    demo = train_sft.make_recipe(train_sft.parse_flags(["--demo"]))
+    _, demo = train_sft.configure(["--demo"], {})
     assert (demo.OUTPUT_DIR, demo.TRACES, demo.BF16) == ("output/demo", "output/demo/traces.jsonl", False)
     assert demo.MODEL == "output/demo/base/model" and demo.MAX_STEPS == -1 and demo.EPOCHS == train_sft.EPOCHS
-    assert train_sft.make_recipe(train_sft.parse_flags(["--traces", "t"])).OUTPUT_DIR == train_sft.OUTPUT_DIR
+    assert train_sft.configure(["--demo"], {"LEARNING_RATE": 0.5})[1].LEARNING_RATE == 0.5
+    assert train_sft.configure(["--traces", "t"], {})[1].OUTPUT_DIR == train_sft.OUTPUT_DIR

@@ -2,14 +2,13 @@
 
 import json
 import shutil
-import subprocess
-import sys
+import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, error_line, run_script
+from conftest import FORK, error_line, run_main, run_script
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
@@ -143,10 +142,10 @@ def taught(tmp_path_factory) -> Path:
     return folder
 
 
-def test_script(taught):
+def test_script(taught, capsys):
     """It samples, says what it kept, and resumes after a kill to the same bytes; another seed is refused."""
-    command = ["make_traces.py", "--demo", "--cpu", "--limit", 24, "--output", taught]
-    done = run_script(*command)
+    command = ["--demo", "--cpu", "--limit", 24, "--output", taught]
+    done = run_script("make_traces.py", *command)
     log, traces = taught / "questions.jsonl", taught / "traces.jsonl"
     assert all(word in done.stdout for word in ("question   24/24", "left 0:00:00", "of the samples", "kept", "wrong"))
     whole = log.read_bytes(), traces.read_bytes()
@@ -160,29 +159,34 @@ def test_script(taught):
 
     log.write_bytes(b"\n".join(whole[0].split(b"\n")[:20]) + b'\n{"question": "\xe5')  # killed within a line
     traces.unlink()
-    assert "question   24/24" in run_script(*command).stdout
+    capsys.readouterr()
+    run_main(make_traces.main, *command)
+    assert "question   24/24" in capsys.readouterr().out
     assert (log.read_bytes(), traces.read_bytes()) == whole
-    line = error_line(run_script(*command, "--seed", 7, expect=2))
-    assert "seed 42" in line and "7" in line and "--output" in line
+    with pytest.raises(UserError, match="seed 42.* 7.*--output"):
+        run_main(make_traces.main, *command, "--seed", 7)
 
 
-def test_kill_9(taught, tmp_path):
+def test_kill_9(taught, tmp_path, monkeypatch):
     """Killed at any moment, it loses the batch in work and nothing else: the same command ends with the same bytes."""
-    script = "import make_traces; make_traces.QUESTIONS = 3; make_traces.run(make_traces.main)"
-    flags = ["--demo", "--cpu", "--limit", "30", "--seed", "3", "--output"]
+    monkeypatch.setattr(make_traces, "QUESTIONS", 3)
+    flags = ["--demo", "--cpu", "--limit", 30, "--seed", 3, "--output"]
     endings = []
     for name, kills in (("whole", 0), ("killed", 3)):
         folder = tmp_path / name
         shutil.copytree(taught / "base", folder / "base")
+        log = folder / "questions.jsonl"
         for kill in range(kills):
-            killed = subprocess.Popen([sys.executable, "-c", script, *flags, folder], cwd=ROOT, stdout=subprocess.PIPE)
-            for line in killed.stdout:
-                if line.startswith(b"question"):
-                    time.sleep(0.1 * kill)
-                    break
+            begun = log.stat().st_size if log.exists() else 0
+            killed = FORK.Process(target=run_main, args=(make_traces.main, *flags, folder))
+            killed.start()
+            while not (log.exists() and log.stat().st_size > begun) and killed.is_alive():
+                time.sleep(0.005)
+            time.sleep(0.05 * kill)
             killed.kill()
-            killed.wait()
-        run_script("-c", script, *flags, folder)
+            killed.join()
+            assert killed.exitcode == -signal.SIGKILL and not (folder / "traces.jsonl").exists()  # on the way
+        run_main(make_traces.main, *flags, folder)
         endings.append([(folder / file).read_bytes() for file in ("questions.jsonl", "traces.jsonl")])
     assert endings[0] == endings[1]
 

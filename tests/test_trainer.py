@@ -7,8 +7,6 @@ gradients are compared as the optimizer gets them. Whole checkpoints are tested 
 import math
 import os
 import random
-import subprocess
-import sys
 from types import SimpleNamespace
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -16,6 +14,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 import pytest
 import torch
 import trl.trainer.utils
+from conftest import run_two_processes
 from datasets import Dataset
 from peft import LoraConfig
 from test_rollout import EOS, make_model, make_tokenizer
@@ -250,37 +249,22 @@ def test_other_passes_are_left_to_trl(tmp_path, monkeypatch):
     assert args[:4] == (None, ids, ids, 3) and kwargs == {"compute_aux_loss": True, "num_images": None}
 
 
-TWO_RANKS = """
-import os, pathlib, sys
-import torch
-from test_trainer import DECAYING, all_flat, assert_same_gradients, no_flat, train
-from engine.trainer import CarefulTrainer
-from trl import GRPOTrainer
-
-torch.set_num_threads(1)
-rank, folder = int(os.environ["RANK"]), pathlib.Path(sys.argv[1])
-settings = {"reward": all_flat if rank else no_flat, "gradient_accumulation_steps": 2, "max_steps": 3}
-settings |= DECAYING | {"ddp_find_unused_parameters": False}
-stock, ours = (train(kind, folder / f"rank{rank}", **settings) for kind in (GRPOTrainer, CarefulTrainer))
-assert_same_gradients(ours, stock)
-for mine, its in zip(ours.model.parameters(), stock.model.parameters(), strict=True):
-    torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)
-assert ours.computed == [(1, 2)] * 6 if rank else max(ours.computed)[0] == 4
-(folder / f"done{rank}").touch()
-torch.distributed.barrier()
-os._exit(0)  # gloo's threads now and then abort the interpreter's own end
-"""
+def compare_a_rank(folder) -> None:
+    """One of two processes, of which the second has flat groups only: its gradients and weights against TRL's."""
+    rank = int(os.environ["RANK"])
+    settings = {"reward": all_flat if rank else no_flat, "gradient_accumulation_steps": 2, "max_steps": 3}
+    settings |= DECAYING | {"ddp_find_unused_parameters": False}
+    stock, ours = (train(kind, folder / f"rank{rank}", **settings) for kind in (GRPOTrainer, CarefulTrainer))
+    assert_same_gradients(ours, stock)
+    for mine, its in zip(ours.model.parameters(), stock.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)
+    assert ours.computed == [(1, 2)] * 6 if rank else max(ours.computed)[0] == 4
+    torch.distributed.barrier()
 
 
 def test_two_ranks_one_flat(tmp_path):
     """Under DDP a process with flat groups only keeps step with the other one, and both get TRL's weights."""
-    script = tmp_path / "two_ranks.py"
-    script.write_text(TWO_RANKS)
-    here = os.path.dirname(os.path.abspath(__file__))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([here, os.path.dirname(here)]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*command, script, tmp_path], env=environment, check=True, timeout=120)
-    assert (tmp_path / "done0").exists() and (tmp_path / "done1").exists()
+    assert run_two_processes(compare_a_rank, tmp_path) == [0, 0]
 
 
 def test_no_other_training_is_changed():
