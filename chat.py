@@ -40,8 +40,11 @@ def main() -> None:
     prompt = ">>> " if sys.stdin.isatty() else ""  # a pipe gets answers only
     if prompt:
         print("One question a line; exit or Ctrl-D leaves.")
-    while (question := input(prompt).strip()) != "exit":
-        if not question:
+    sys.stdin.reconfigure(errors="replace")  # U+FFFD stands for bytes that are no text: they cost only their line
+    while (question := input(prompt).lstrip("\ufeff").strip()) != "exit":  # some editors begin a file with U+FEFF
+        if "\ufffd" in question:
+            print(f"skipped, for it is not {sys.stdin.encoding.upper()}: {question}", file=sys.stderr)
+        if not question or "\ufffd" in question:
             continue
         (ids,) = encode(tokenizer, [to_conversation(question, **prompt_of(trained))])
         streamer = TextStreamer(tokenizer, skip_special_tokens=True)  # holds back half a Chinese character
