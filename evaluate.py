@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         folder = Path(recipe["OUTPUT_DIR"], flags.model.replace("/", "--"))
     check_writable(folder)
     model, tokenizer = load_model(flags.model)
-    dataset = flags.dataset or find_beside(flags.model, "results.json").get("dataset", recipe["DATASET"])
+    dataset = flags.dataset or recipe["DATASET"]
     questions = load_questions(dataset, flags.split, **prompt_of(trained))
     questions = questions.select(range(min(flags.limit or len(questions), len(questions))))
     device, autocast = pick_device(flags.cpu, recipe["BF16"])

@@ -321,9 +321,8 @@ def main(argv: list[str] | None = None) -> None:
     prompt = ask("", trained, **how)
     if not (flags.free or flags.example) and prompt != to_conversation(""):
         note("the model is asked under the prompt that it was trained under; its traces get that of prompts.py")
-    tokens, dataset = trained["MAX_COMPLETION_TOKENS"], recipe.DATASET
-    if not (flags.dataset or flags.demo):
-        dataset = find_beside(recipe.MODEL, "results.json").get("dataset", dataset)
+    tokens = trained["MAX_COMPLETION_TOKENS"]
+    dataset = recipe.DATASET if flags.dataset or flags.demo else trained["DATASET"]
     settings = {"model": recipe.MODEL, "dataset": dataset, "split": flags.split}
     settings |= {"skip": flags.skip, "seed": recipe.SEED, "free": flags.free, "prompt": prompt, "tokens": tokens}
     claim(output, settings | {"SAMPLES": SAMPLES, "TEMPERATURE": TEMPERATURE})

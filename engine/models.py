@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.console import UserError, first_line, note, refuse_missing_folder
+from engine.console import UserError, first_line, is_a, note, refuse_missing_folder
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,9 @@ PLAIN_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '回答：\\n' }}{%- endif -%}
 """
+
+# What is read of the recipe.json beside a model
+READ = {"SYSTEM_PROMPT": str, "EXAMPLE": list[dict], "DATASET": str, "BF16": bool, "MAX_COMPLETION_TOKENS": int}
 
 
 def pick_device(cpu: bool, bf16: bool = True) -> tuple[torch.device, torch.dtype | None]:
@@ -107,10 +110,12 @@ def _load(kind: type, name: str, dtype: torch.dtype | None) -> tuple[PreTrainedM
     dtype = dtype or torch.float32
     safe = {"trust_remote_code": False, "use_safetensors": True}  # a script or a pickle could do anything
     wrong: list[str] = []
+    base = fault = ""
     try:
         if kind is AutoModelForCausalLM and (Path(name) / "adapter_config.json").exists():
-            from peft import AutoPeftModelForCausalLM
+            from peft import AutoPeftModelForCausalLM, PeftConfig
 
+            base = str(PeftConfig.from_pretrained(name).base_model_name_or_path)
             model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=torch.float32, **safe).merge_and_unload()
             for parameter in model.parameters():  # no sooner: small updates would round away before they are added
                 parameter.data = parameter.data.to(dtype)
@@ -118,12 +123,16 @@ def _load(kind: type, name: str, dtype: torch.dtype | None) -> tuple[PreTrainedM
             safe |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # it would say less
             model, found = kind.from_pretrained(name, dtype=dtype, **safe)
             wrong = sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])])
+        base, fault = "", "its tokenizer is missing or damaged: "
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
     except Exception as error:  # the hub's, the weights' and the tokenizers' readers have no common base class
         where, remedy = "hub id", "Pass a local folder, or set HF_ENDPOINT=https://hf-mirror.com"
         if Path(name).is_dir():
-            where, remedy = "folder", "Put a whole model there (config, *.safetensors, tokenizer) or name another"
-        raise UserError(f"cannot load the model {name!r} ({where}): {first_line(error)}. {remedy}") from error
+            where, remedy = "folder", "Put all its files there (config, *.safetensors, tokenizer) or name another"
+        if base and not Path(base).is_dir():
+            where = f"adapter of {base!r}, no folder in {str(Path.cwd())!r}"
+            remedy = "Mend base_model_name_or_path in its adapter_config.json, or set HF_ENDPOINT if that is a hub id"
+        raise UserError(f"cannot load the model {name!r} ({where}): {fault}{first_line(error)}. {remedy}") from error
     if wrong:  # they would be random numbers
         raise UserError(
             f"the weights of {name!r}, a {' or '.join(model.config.architectures or ['model'])}, do not make a "
@@ -221,8 +230,18 @@ def drop_long(questions: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int
 
 
 def find_beside(model: str, name: str) -> dict:
-    """A JSON file that training wrote into a model's folder, or above it for a checkpoint or an adapter; else {}."""
-    for folder in (Path(model), Path(model).parent):
-        if Path(model).is_dir() and (folder / name).is_file():
-            return json.loads((folder / name).read_text(encoding="utf-8"))
+    """A JSON file that training wrote into a model's folder, or above it for a checkpoint or an adapter; else {}.
+
+    Somebody else's file of that name, or a damaged one, is passed over, aloud.
+    """
+    folders = (Path(model), Path(model).parent) if Path(model).is_dir() else ()
+    for path in (folder / name for folder in folders if (folder / name).is_file()):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            known = {key: is_a(found[key], kind) for key, kind in READ.items() if key in found}
+            if known and all(known.values()):
+                return found
+            raise ValueError("no training wrote it")
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            note(f"{str(path)!r} is passed over: {first_line(error)}")
     return {}
