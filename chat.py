@@ -11,7 +11,7 @@ import sys
 
 from engine.console import run
 from engine.questions import to_prompt
-from engine.templates import encode, find_beside
+from engine.templates import encode, trained_recipe
 
 MAX_TOKENS: int = 1024  # of an answer, for a model that was not trained here
 
@@ -34,14 +34,17 @@ def main() -> None:
     from engine.rollout import make_sampler
 
     model, tokenizer = load_model(flags.model)
-    device, autocast = pick_device(flags.cpu, find_beside(flags.model, "recipe/recipe.json").get("BF16", True))
+    device, autocast = pick_device(flags.cpu, trained_recipe(flags.model).get("BF16", True))
     sampler = make_sampler(model.to(device).eval(), tokenizer, autocast)
     tokens = model.generation_config.max_new_tokens or MAX_TOKENS
     prompt = ">>> " if sys.stdin.isatty() else ""  # a pipe gets answers only
     if prompt:
         print("One question a line; exit or Ctrl-D leaves.")
-    while (question := input(prompt).strip()) != "exit":
-        if not question:
+    sys.stdin.reconfigure(errors="replace")  # U+FFFD stands for bytes that are no text: they cost only their line
+    while (question := input(prompt).lstrip("\ufeff").strip()) != "exit":  # some editors begin a file with U+FEFF
+        if "\ufffd" in question:
+            print(f"skipped, for it is not {sys.stdin.encoding.upper()}: {question}", file=sys.stderr)
+        if not question or "\ufffd" in question:
             continue
         (ids,) = encode(tokenizer, [to_prompt(question)])
         streamer = TextStreamer(tokenizer, skip_special_tokens=True)  # holds back half a Chinese character

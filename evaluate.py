@@ -15,7 +15,7 @@ from engine.accuracy import describe, describe_samples, evaluate, evaluate_sampl
 from engine.console import UserError, run
 from engine.folder import check_writable, write_text
 from engine.questions import load_questions, load_splits
-from engine.templates import find_beside
+from engine.templates import trained_recipe
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     from engine.models import load_model, pick_device
     from engine.rollout import make_sampler
 
-    recipe = train_grpo.default_recipe() | find_beside(flags.model, "recipe/recipe.json")
+    recipe = train_grpo.default_recipe() | trained_recipe(flags.model)
     folder = Path(flags.output or flags.model)
     if not flags.output and not folder.is_dir():  # a hub id
         folder = Path("output", flags.model.replace("/", "--"))

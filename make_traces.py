@@ -34,7 +34,7 @@ from engine.constants import check_constants, constants_of
 from engine.fingerprints import fingerprint_weights
 from engine.folder import lock
 from engine.questions import load_splits, pairs_of, to_prompt
-from engine.templates import encode, find_beside
+from engine.templates import encode, trained_recipe
 from engine.traces import append_lines, judge, open_folder, read_log, write_learnable, write_lines
 from prompts import WORKED_EXAMPLE
 
@@ -86,7 +86,7 @@ def configure(argv: list[str] | None, constants: dict[str, Any]) -> tuple[argpar
     shared = train_grpo.default_recipe()
     defaults = {name: shared[name] for name in SHARED} | constants_of(sys.modules[__name__])
     recipe = runs.make_recipe(defaults, constants, flags, demo.RECIPE)
-    trained = find_beside(recipe.MODEL, "recipe/recipe.json")
+    trained = trained_recipe(recipe.MODEL)
     recipe.BF16 = trained.get("BF16", recipe.BF16)
     # a trace must not be longer than what its student may write
     recipe.MAX_COMPLETION_TOKENS = trained.get("MAX_COMPLETION_TOKENS", recipe.MAX_COMPLETION_TOKENS)

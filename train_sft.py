@@ -106,19 +106,26 @@ def read_rows(file: str, flag: str, convert: Callable[[dict], dict]) -> list[dic
     """The lines of a file as `{"prompt": [messages], "completion": [one assistant's message]}`.
 
     Raises:
-        UserError: no such file, nothing in it, or a line of another format.
+        UserError: no such file, not UTF-8, nothing in it, or a line of another format. A line with half a surrogate
+            pair, which no tokenizer takes, is only dropped, aloud.
     """
     try:
-        lines = Path(file).read_text(encoding="utf-8").split("\n")
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")  # with or without a byte order mark
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag} {file!r} is not UTF-8: {first_line(error)}; save it as UTF-8") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{flag} {file!r} cannot be read: {first_line(error)}; name another file") from error
-    rows = []
+    rows, broken = [], []
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 rows.append(convert(json.loads(line)))
+            except UnicodeEncodeError:
+                broken.append(number)
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{flag} {file!r}, line {number}: {first_line(error)}; mend or drop it") from error
+    if broken:
+        note(f"{flag}: {len(broken)} lines dropped that hold half a surrogate pair, the first is line {broken[0]}")
     if not rows:
         raise UserError(f"{flag} {file!r} is empty; name another file")
     return rows
@@ -145,7 +152,7 @@ def from_conversation(line: dict) -> dict:
 
 
 def messages_of(line: dict, name: str) -> list[dict]:
-    """The messages under `name`, their role and content and nothing else."""
+    """The messages under `name`, their role and content and nothing else. Raises ValueError."""
     messages = line.get(name) if isinstance(line, dict) else None
     roles = ("system", "user", "assistant")
     if not (isinstance(messages, list) and messages):
@@ -153,6 +160,7 @@ def messages_of(line: dict, name: str) -> list[dict]:
     for message in messages:
         if not (isinstance(message, dict) and message.get("role") in roles and isinstance(message.get("content"), str)):
             raise ValueError(f"a message under {name!r} without a text as content or a role of {', '.join(roles)}")
+        message["content"].encode()  # UnicodeEncodeError, which is a ValueError: half a surrogate pair is no text
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 

@@ -69,7 +69,7 @@ def find(output: Path, recipe: SimpleNamespace, resume: bool) -> Path | None:
         return None
     checkpoint = newest_checkpoint(output)
     changes = refuse_unfit(output, recipe)
-    done = results.get("finished") and results["steps"] == step_of(checkpoint) and any(output.glob("*.safetensors"))
+    done = results.get("finished") and results.get("steps") == step_of(checkpoint) and any(output.glob("*.safetensors"))
     if done and not {"MAX_STEPS", "EPOCHS"} & changes.keys():
         raise UserError(
             f"the run in {str(output)!r} is finished, nothing is left to resume; start another with --output"
@@ -210,16 +210,20 @@ def write_json(path: Path, content: dict) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path, key: str) -> dict:
+    """A file that a run wrote, with that key in it. Raises UserError where it is damaged or somebody else's."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {str(path)!r}: {first_line(error)}; name another --output") from error
+    if not (isinstance(content, dict) and key in content):
+        raise UserError(f"{str(path)!r} is no file of a run, it has no {key!r}; move it away, or name another --output")
+    return content
 
 
 def read_results(output: Path) -> dict:
-    """results.json of an earlier start of this run, or nothing. Raises UserError where it is damaged."""
-    return _read_json(output / "results.json") if (output / "results.json").is_file() else {}
+    """results.json of an earlier start of this run, or nothing. Raises UserError where it is no such file."""
+    return _read_json(output / "results.json", "finished") if (output / "results.json").is_file() else {}
 
 
 def describe_recipe(recipe: SimpleNamespace) -> dict:
@@ -249,7 +253,7 @@ def changed_constants(output: Path, recipe: SimpleNamespace) -> dict[str, tuple]
 
     A fingerprint (..._READ) differs only where both are known: an older run has none, and `find` looks before they are.
     """
-    before, now = _read_json(output / "recipe" / "recipe.json"), describe_recipe(recipe)
+    before, now = _read_json(output / "recipe" / "recipe.json", "OUTPUT_DIR"), describe_recipe(recipe)
     old, new = before.pop("OUTPUT_DIR") + os.sep, now.pop("OUTPUT_DIR") + os.sep
     for name, value in before.items():
         if isinstance(value, str) and value.startswith(old):  # the demo's model: the folder may have been moved

@@ -37,8 +37,11 @@ def run(main: Callable[[], None], outlive_reader: bool = True) -> None:
     Args:
         outlive_reader: go on where nobody can read any more what is said; False: `main` meets the error.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # the shell closed it, as `>&-` does; no other file may get its number
+            setattr(sys, name, open(os.devnull, mode))
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")  # None: it was closed when Python started
+        stream = getattr(sys, name)
         stream.reconfigure(errors="replace")  # a completion may hold what this console cannot show
         if outlive_reader:
             lines = stream.line_buffering or stream.write_through
@@ -49,7 +52,7 @@ def run(main: Callable[[], None], outlive_reader: bool = True) -> None:
         main()
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes on this machine one is enough
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"error: {' '.join((cache_fault(error) or str(error)).split())}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; this file knows no torch
@@ -64,6 +67,18 @@ def run(main: Callable[[], None], outlive_reader: bool = True) -> None:
     except KeyboardInterrupt:
         print(file=sys.stderr)  # the terminal shows ^C and stays in that line
         sys.exit(130)
+
+
+def cache_fault(error: BaseException | None) -> str | None:
+    """What to say where an error, or one that it came from, is about the hub's cache, which data sets use too."""
+    while error is not None:
+        if isinstance(error, OSError) and error.filename and not isinstance(error, FileNotFoundError):
+            from huggingface_hub.constants import HF_HOME
+
+            if Path(str(error.filename)).is_relative_to(HF_HOME):
+                return f"the cache in {HF_HOME!r} cannot be used: {error}; set HF_HOME to a folder that can be written"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def first_line(error: BaseException) -> str:

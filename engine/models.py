@@ -10,12 +10,12 @@ from engine.templates import (
     carried_prompt,
     carry_prompt,
     encode,
-    find_beside,
     fit_template,
     keep_tags,
     own_template,
     prompt_of,
     todays_prompt,
+    trained_recipe,
 )
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def load_model(
 
     model, tokenizer = _load(AutoModelForCausalLM, name, dtype)
     if carried_prompt(tokenizer.chat_template or "") is None:  # not trained here: its limit is meant for other prompts
-        old = find_beside(name, "recipe/recipe.json")  # or trained before the template carried the prompt
+        old = trained_recipe(name)  # or trained before the template carried the prompt
         model.generation_config.max_new_tokens = old.get("MAX_COMPLETION_TOKENS")
     else:
         tokenizer.chat_template = own_template(tokenizer.chat_template)
@@ -117,10 +117,12 @@ def _load(kind: type, name: str, dtype: torch.dtype | None) -> tuple[PreTrainedM
     dtype = dtype or torch.float32
     safe = {"trust_remote_code": False, "use_safetensors": True}  # a script or a pickle could do anything
     wrong: list[str] = []
+    base = fault = ""
     try:
         if kind is AutoModelForCausalLM and (Path(name) / "adapter_config.json").exists():
-            from peft import AutoPeftModelForCausalLM
+            from peft import AutoPeftModelForCausalLM, PeftConfig
 
+            base = str(PeftConfig.from_pretrained(name).base_model_name_or_path)
             model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=torch.float32, **safe).merge_and_unload()
             if Path(name, "generation_config.json").is_file():  # else it is the base's
                 model.generation_config = GenerationConfig.from_pretrained(name)
@@ -130,12 +132,16 @@ def _load(kind: type, name: str, dtype: torch.dtype | None) -> tuple[PreTrainedM
             safe |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # it would say less
             model, found = kind.from_pretrained(name, dtype=dtype, **safe)
             wrong = sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])])
+        base, fault = "", "its tokenizer is missing or damaged: "
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
     except Exception as error:  # the hub's, the weights' and the tokenizers' readers have no common base class
         where, remedy = "hub id", "Pass a local folder, or set HF_ENDPOINT=https://hf-mirror.com"
         if Path(name).is_dir():
-            where, remedy = "folder", "Put a whole model there (config, *.safetensors, tokenizer) or name another"
-        raise UserError(f"cannot load the model {name!r} ({where}): {first_line(error)}. {remedy}") from error
+            where, remedy = "folder", "Put all its files there (config, *.safetensors, tokenizer) or name another"
+        if base and not Path(base).is_dir():
+            where = f"adapter of {base!r}, no folder in {str(Path.cwd())!r}"
+            remedy = "Mend base_model_name_or_path in its adapter_config.json, or set HF_ENDPOINT if that is a hub id"
+        raise UserError(f"cannot load the model {name!r} ({where}): {fault}{first_line(error)}. {remedy}") from error
     if wrong:  # they would be random numbers
         raise UserError(
             f"the weights of {name!r}, a {' or '.join(model.config.architectures or ['model'])}, do not make a "

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import prompts
 from engine.console import UserError, first_line, note
+from engine.constants import is_a
 from engine.numbers import TAGS
 
 if TYPE_CHECKING:
@@ -83,17 +84,32 @@ def prompt_of(model: str, untrained: list[dict]) -> list[dict]:
     file = Path(model, "chat_template.jinja")
     if file.is_file() and (carried := carried_prompt(file.read_text(encoding="utf-8"))) is not None:
         return carried
-    trained = find_beside(model, "recipe/recipe.json")  # of a folder from before templates carried the prompt
+    trained = trained_recipe(model)  # of a folder from before templates carried the prompt
     if "SYSTEM_PROMPT" not in trained:
         return untrained
     return [{"role": "system", "content": trained["SYSTEM_PROMPT"]}, *trained["EXAMPLE"]]
 
 
-def find_beside(model: str, name: str) -> dict:
-    """A JSON file that training wrote into a model's folder, or above it for a checkpoint or an adapter; else {}."""
-    for folder in (Path(model), Path(model).parent):
-        if Path(model).is_dir() and (folder / name).is_file():
-            return json.loads((folder / name).read_text(encoding="utf-8"))
+# What others read of the recipe.json of a training, and its types.
+READ = {"SYSTEM_PROMPT": str, "EXAMPLE": list[dict], "DATASET": str, "BF16": bool, "MAX_COMPLETION_TOKENS": int}
+
+
+def trained_recipe(model: str) -> dict:
+    """The recipe.json that training wrote into a model's folder, or above it for a checkpoint or an adapter; else {}.
+
+    A note says where somebody else's file of that name, or a damaged one, is ignored.
+    """
+    folders = (Path(model), Path(model).parent) if Path(model).is_dir() else ()
+    for path in (folder / "recipe" / "recipe.json" for folder in folders):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+            known = found and {key: is_a(found[key], kind) for key, kind in READ.items() if key in found}
+            if known and all(known.values()):
+                return found
+            if path.is_file():
+                raise ValueError("no training wrote it")
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            note(f"{str(path)!r} is ignored: {first_line(error)}")
     return {}
 
 

@@ -1,5 +1,6 @@
 """evaluate.py and chat.py: figures that are right, and scripts that work as the README says."""
 
+import io
 import json
 import math
 import os
@@ -234,9 +235,8 @@ def test_another_prompt_than_in_training(demo_base, tmp_path, monkeypatch, capsy
     for example in (prompts.EXAMPLE, prompts.WORKED_EXAMPLE):
         trained = {"SYSTEM_PROMPT": "按格式", "EXAMPLE": example}
         (model / "recipe/recipe.json").write_text(json.dumps(trained))
-        lines = iter(["5分钟多少秒", "exit"])
-        monkeypatch.setattr("builtins.input", lambda _: next(lines))  # noqa: B023
         monkeypatch.setattr(sys, "argv", ["chat.py", str(model), "--cpu"])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("5分钟多少秒\nexit\n".encode()), "utf-8"))
         for script in (
             chat.main,
             lambda: evaluate_script.main([str(model), "--dataset", str(demo_base / "data"), "--limit", "2", "--cpu"]),

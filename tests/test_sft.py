@@ -278,7 +278,7 @@ GOOD = json.dumps(trace("5分钟多少秒", "300", 300))
         (f"{GOOD}\n{GOOD[:50]}", "line 2: "),
         ("5", "line 1: no list of messages under 'prompt'"),
         ("[" * 100_000, "line 1: "),
-        (b"\xff\xfe", "cannot be read: "),
+        (b"\xff\xfe", "is not UTF-8: "),
         (json.dumps(chat("a", "b")), "line 1: no list of messages under 'prompt'"),
         ('{"prompt": "a", "completion": "b"}', "line 1: no list of messages under 'prompt'"),
         (GOOD.replace('"assistant"', '"user"'), "line 1: not a prompt that ends with the user"),
