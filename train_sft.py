@@ -14,23 +14,19 @@ Only the completion is learned, with its end. A trace is learned whole or droppe
 """
 
 import argparse
-import json
-import random
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import train_grpo
 from engine import demo, runs
-from engine.console import UserError, first_line, note, run
+from engine.console import UserError, run
 from engine.constants import check_constants, constants_of
 from engine.fingerprints import fingerprint_rows
-from engine.numbers import is_label
+from engine.traces import draw_mix, from_conversation, from_trace, keep_usable, read_rows
 
 if TYPE_CHECKING:  # imported where they are used: `--help` and the one-line errors need no seconds to start
-    from transformers import PreTrainedTokenizerBase
     from trl import SFTConfig
 
 # ----------------------------------------------------------------------------------------------------- the recipe
@@ -99,104 +95,6 @@ def configure(argv: list[str] | None, constants: dict[str, Any]) -> tuple[argpar
     check_constants(vars(recipe), train_grpo, sys.modules[__name__])
     runs.check_folders(recipe, flags.demo)
     return flags, recipe
-
-
-# ------------------------------------------------------------------------------------------------- files -> rows
-def read_rows(file: str, flag: str, convert: Callable[[dict], dict]) -> list[dict]:
-    """The lines of a file as `{"prompt": [messages], "completion": [one assistant's message]}`.
-
-    Raises:
-        UserError: no such file, not UTF-8, nothing in it, or a line of another format. A line with half a surrogate
-            pair, which no tokenizer takes, is only dropped, aloud.
-    """
-    try:
-        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")  # with or without a byte order mark
-    except UnicodeDecodeError as error:
-        raise UserError(f"{flag} {file!r} is not UTF-8: {first_line(error)}; save it as UTF-8") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {file!r} cannot be read: {first_line(error)}; name another file") from error
-    rows, broken = [], []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                rows.append(convert(json.loads(line)))
-            except UnicodeEncodeError:
-                broken.append(number)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{flag} {file!r}, line {number}: {first_line(error)}; mend or drop it") from error
-    if broken:
-        note(f"{flag}: {len(broken)} lines dropped that hold half a surrogate pair, the first is line {broken[0]}")
-    if not rows:
-        raise UserError(f"{flag} {file!r} is empty; name another file")
-    return rows
-
-
-def from_trace(line: dict) -> dict:
-    """A line of make_traces.py, or one like it; its prompt is used as it stands."""
-    prompt, completion = messages_of(line, "prompt"), messages_of(line, "completion")
-    if prompt[-1]["role"] != "user" or [message["role"] for message in completion] != ["assistant"]:
-        raise ValueError("not a prompt that ends with the user and a completion of one assistant's message")
-    if line.get("answer") is not None and not is_label(line["answer"]):
-        raise ValueError(f"answer is {line['answer']!r}, not an integer")
-    return {"prompt": prompt, "completion": completion}
-
-
-def from_conversation(line: dict) -> dict:
-    """A conversation: its last assistant's message is learned, what stands before is the prompt."""
-    messages = messages_of(line, "messages")
-    while messages and messages[-1]["role"] != "assistant":
-        messages.pop()
-    if len(messages) < 2 or messages[-2]["role"] != "user":
-        raise ValueError("no assistant's message that answers a user's")
-    return {"prompt": messages[:-1], "completion": messages[-1:]}
-
-
-def messages_of(line: dict, name: str) -> list[dict]:
-    """The messages under `name`, their role and content and nothing else. Raises ValueError."""
-    messages = line.get(name) if isinstance(line, dict) else None
-    roles = ("system", "user", "assistant")
-    if not (isinstance(messages, list) and messages):
-        raise ValueError(f"no list of messages under {name!r}")
-    for message in messages:
-        if not (isinstance(message, dict) and message.get("role") in roles and isinstance(message.get("content"), str)):
-            raise ValueError(f"a message under {name!r} without a text as content or a role of {', '.join(roles)}")
-        message["content"].encode()  # UnicodeEncodeError, which is a ValueError: half a surrogate pair is no text
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
-
-
-def keep_usable(
-    rows: list[dict], flag: str, tokenizer: "PreTrainedTokenizerBase", held_out: set[str], recipe: SimpleNamespace
-) -> list[dict]:
-    """The rows that are short enough and give away no held-out question; a note says how many fall, and why.
-
-    Raises:
-        UserError: none is left.
-    """
-    from engine.templates import count_tokens
-
-    limits = f"longer than MAX_TOKENS {recipe.MAX_TOKENS} or MAX_COMPLETION_TOKENS {recipe.MAX_COMPLETION_TOKENS}"
-    fallen, kept = {limits: 0, "on test or development questions": 0}, []
-    for row, (prompt, completion) in zip(rows, count_tokens(tokenizer, rows), strict=True):
-        if prompt + completion > recipe.MAX_TOKENS or completion > recipe.MAX_COMPLETION_TOKENS:
-            fallen[limits] += 1
-        elif row["prompt"][-1]["content"] in held_out:
-            fallen["on test or development questions"] += 1
-        else:
-            kept.append(row)
-    said = ", ".join(f"{count} {why}" for why, count in fallen.items() if count)
-    if not kept:
-        raise UserError(f"{flag}: none of {len(rows)} rows can be learned: {said}; raise the limit, or name other rows")
-    if said:
-        note(f"{flag}: {len(rows) - len(kept)} of {len(rows)} rows dropped: {said}")
-    return kept
-
-
-def draw_mix(conversations: list[dict], traces: int, share: float, seed: int) -> list[dict]:
-    """As many conversations, drawn by chance, as make this share of all rows."""
-    wanted = round(traces * share / (1 - share))
-    if wanted > len(conversations):
-        note(f"--mix: MIX_SHARE {share} asks for {wanted} conversations, there are {len(conversations)}: all are taken")
-    return random.Random(seed).sample(conversations, min(wanted, len(conversations)))
 
 
 def main(argv: list[str] | None = None, **constants: Any) -> None:

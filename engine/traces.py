@@ -1,19 +1,26 @@
-"""Traces: a model's answers are rewritten into the format and judged, and the files that hold them."""
+"""Traces: a model's answers are rewritten into the format and judged; the files that hold them are written and read."""
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import re
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
-from engine.console import UserError, first_line
+from engine.console import UserError, first_line, note
 from engine.folder import write_text
-from engine.numbers import chinese_share, extract_answer, find_numbers, parse_number
+from engine.numbers import chinese_share, extract_answer, find_numbers, is_label, parse_number
 from engine.questions import load_splits, pairs_of, to_row
+from engine.templates import count_tokens
 from rewards import correctness_reward, hard_format_reward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # ----------------------------------------------------------------------------------------- text -> thinking, number
 # A box, and the formula signs around it if it is all of the formula; braces inside it may be nested once, as in
@@ -207,3 +214,105 @@ def write_learnable(folder: Path, rows: list[dict], dataset: str, recipe: Simple
     for split, pairs in (("test", pairs_of(test)), ("validation", pairs_of(dev)), ("train", train)):
         write_lines(folder / f"{split}.jsonl", [to_row(text, label) for text, label in pairs])
     return f"{folder}: {len(train)} questions {which}"
+
+
+# --------------------------------------------------------------------------------- files -> rows for fine-tuning
+def read_rows(file: str, flag: str, convert: Callable[[dict], dict]) -> list[dict]:
+    """The lines of a file as `{"prompt": [messages], "completion": [one assistant's message]}`.
+
+    Raises:
+        UserError: no such file, not UTF-8, nothing in it, or a line of another format. A line with half a surrogate
+            pair, which no tokenizer takes, is only dropped, aloud.
+    """
+    try:
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")  # with or without a byte order mark
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag} {file!r} is not UTF-8: {first_line(error)}; save it as UTF-8") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {file!r} cannot be read: {first_line(error)}; name another file") from error
+    rows, broken = [], []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                rows.append(convert(json.loads(line)))
+            except UnicodeEncodeError:
+                broken.append(number)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{flag} {file!r}, line {number}: {first_line(error)}; mend or drop it") from error
+    if broken:
+        note(f"{flag}: {len(broken)} lines dropped that hold half a surrogate pair, the first is line {broken[0]}")
+    if not rows:
+        raise UserError(f"{flag} {file!r} is empty; name another file")
+    return rows
+
+
+def from_trace(line: dict) -> dict:
+    """A line of make_traces.py, or one like it; its prompt is used as it stands."""
+    prompt, completion = messages_of(line, "prompt"), messages_of(line, "completion")
+    if prompt[-1]["role"] != "user" or [message["role"] for message in completion] != ["assistant"]:
+        raise ValueError("not a prompt that ends with the user and a completion of one assistant's message")
+    if line.get("answer") is not None and not is_label(line["answer"]):
+        raise ValueError(f"answer is {line['answer']!r}, not an integer")
+    return {"prompt": prompt, "completion": completion}
+
+
+def from_conversation(line: dict) -> dict:
+    """A conversation: its last assistant's message is learned, what stands before is the prompt.
+
+    One without a system turn gets a plain one. Else the chat template would put our prompt before it, which demands a
+    number.
+    """
+    messages = messages_of(line, "messages")
+    if messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": "You are a helpful assistant."})
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    if len(messages) < 2 or messages[-2]["role"] != "user":
+        raise ValueError("no assistant's message that answers a user's")
+    return {"prompt": messages[:-1], "completion": messages[-1:]}
+
+
+def messages_of(line: dict, name: str) -> list[dict]:
+    """The messages under `name`, their role and content and nothing else. Raises ValueError."""
+    messages = line.get(name) if isinstance(line, dict) else None
+    roles = ("system", "user", "assistant")
+    if not (isinstance(messages, list) and messages):
+        raise ValueError(f"no list of messages under {name!r}")
+    for message in messages:
+        if not (isinstance(message, dict) and message.get("role") in roles and isinstance(message.get("content"), str)):
+            raise ValueError(f"a message under {name!r} without a text as content or a role of {', '.join(roles)}")
+        message["content"].encode()  # UnicodeEncodeError, which is a ValueError: half a surrogate pair is no text
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def keep_usable(
+    rows: list[dict], flag: str, tokenizer: PreTrainedTokenizerBase, held_out: set[str], recipe: SimpleNamespace
+) -> list[dict]:
+    """The rows that are short enough and give away no held-out question; a note says how many fall, and why.
+
+    Raises:
+        UserError: none is left.
+    """
+    limits = f"longer than MAX_TOKENS {recipe.MAX_TOKENS} or MAX_COMPLETION_TOKENS {recipe.MAX_COMPLETION_TOKENS}"
+    fallen, kept = {limits: 0, "on test or development questions": 0}, []
+    for row, (prompt, completion) in zip(rows, count_tokens(tokenizer, rows), strict=True):
+        if prompt + completion > recipe.MAX_TOKENS or completion > recipe.MAX_COMPLETION_TOKENS:
+            fallen[limits] += 1
+        elif row["prompt"][-1]["content"] in held_out:
+            fallen["on test or development questions"] += 1
+        else:
+            kept.append(row)
+    said = ", ".join(f"{count} {why}" for why, count in fallen.items() if count)
+    if not kept:
+        raise UserError(f"{flag}: none of {len(rows)} rows can be learned: {said}; raise the limit, or name other rows")
+    if said:
+        note(f"{flag}: {len(rows) - len(kept)} of {len(rows)} rows dropped: {said}")
+    return kept
+
+
+def draw_mix(conversations: list[dict], traces: int, share: float, seed: int) -> list[dict]:
+    """As many conversations, drawn by chance, as make this share of all rows."""
+    wanted = round(traces * share / (1 - share))
+    if wanted > len(conversations):
+        note(f"--mix: MIX_SHARE {share} asks for {wanted} conversations, there are {len(conversations)}: all are taken")
+    return random.Random(seed).sample(conversations, min(wanted, len(conversations)))
