@@ -22,7 +22,7 @@ from engine.console import UserError
 from engine.curves import read_history
 from engine.trainer import WholeCheckpoints
 
-SMALL = {"QUESTIONS_PER_STEP": 2, "MAX_COMPLETION_TOKENS": 32, "EVAL_QUESTIONS": 8, "SAVE_EVERY": 1, "SAVE_LIMIT": 9}
+SMALL = {"QUESTIONS_PER_STEP": 2, "MAX_COMPLETION_TOKENS": 32, "DEV_QUESTIONS": 8, "SAVE_EVERY": 1, "SAVE_LIMIT": 9}
 SMALL |= {"BF16": False, "LEARNING_RATE": 5e-4, "WARMUP_STEPS": 1, "GRADIENT_CHECKPOINTING": False}
 
 
@@ -451,7 +451,7 @@ def test_sharded_or_cast_weights_are_refused(sharded):
 def test_out_of_memory(train, tmp_path, monkeypatch):
     """Wherever a GPU's memory runs out: one line with the constants to lower, the cheapest first."""
     full = torch.OutOfMemoryError("CUDA out of memory.")
-    for place in ("engine.monitor.Monitor.examine", "engine.trainer.CarefulTrainer.training_step"):
+    for place in ("engine.monitor.RunMonitor.measure_model", "engine.trainer.CarefulTrainer.training_step"):
         with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
             patch.setattr(place, lambda *_, **__: (_ for _ in ()).throw(full))
             train(tmp_path / place)

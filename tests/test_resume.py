@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import check_gpu
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, conversation_about
 from datasets import Dataset, load_from_disk
 from test_rollout import MIXED, FakeCuda, make_model, make_tokenizer, replayed
 from transformers import AutoTokenizer
@@ -19,13 +19,12 @@ from trl.trainer.utils import RepeatSampler
 
 import train_grpo
 from engine import models, rollout
-from engine.questions import to_conversation
 from engine.rollout import Rollout, Sampler
 from prompts import QUESTION_COLUMN
 
 # Twelve questions, four a step: a pass is three steps, and the run has three passes.
 SMALL = {"QUESTIONS_PER_STEP": 4, "COMPLETIONS_PER_QUESTION": 4, "MICRO_BATCH": 4, "EPOCHS": 3.0, "WARMUP_STEPS": 1}
-SMALL |= {"MAX_COMPLETION_TOKENS": 32, "EVAL_QUESTIONS": 2, "EVAL_EVERY": 100, "SAVE_EVERY": 1, "SAVE_LIMIT": 9}
+SMALL |= {"MAX_COMPLETION_TOKENS": 32, "DEV_QUESTIONS": 2, "EVAL_EVERY": 100, "SAVE_EVERY": 1, "SAVE_LIMIT": 9}
 SMALL |= {"BF16": False, "LEARNING_RATE": 5e-4, "GRADIENT_CHECKPOINTING": False}
 PASS, STEPS = 3, 9
 
@@ -112,6 +111,7 @@ DRIVER = """
 import json, os, sys
 import train_grpo
 from engine import rollout
+from engine.templates import encode
 generate = rollout.Rollout.__call__
 def record(self, prompts, trainer):
     with open(os.environ["ASKED"] + os.environ["RANK"], "a") as file:
@@ -226,7 +226,7 @@ def test_check_gpu_asks_the_longest_prompts(demo_base):
     """Its questions differ, and nearly all prompts are as long as MAX_PROMPT_TOKENS allows, none too long by much."""
     tokenizer, limit = AutoTokenizer.from_pretrained(demo_base / "model"), train_grpo.MAX_PROMPT_TOKENS
     texts = check_gpu.longest_questions(tokenizer, limit)
-    lengths = [len(ids) for ids in models.encode(tokenizer, [to_conversation(text) for text in texts])]
+    lengths = [len(ids) for ids in encode(tokenizer, [conversation_about(text) for text in texts])]
     assert len(set(texts)) == 400 and limit in lengths and min(lengths) > limit - 20
     steps = check_gpu.STEPS * train_grpo.QUESTIONS_PER_STEP
     assert sum(length <= limit for length in lengths[:384]) >= steps

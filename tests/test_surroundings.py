@@ -29,7 +29,7 @@ DRIVER = """
 import signal, sys
 import train_grpo
 from engine import checkpoints, demo
-demo.RECIPE |= {"QUESTIONS_PER_STEP": 2, "MICRO_BATCH": 8, "SAVE_EVERY": 1, "EVAL_EVERY": 100, "EVAL_QUESTIONS": 8}
+demo.RECIPE |= {"QUESTIONS_PER_STEP": 2, "MICRO_BATCH": 8, "SAVE_EVERY": 1, "EVAL_EVERY": 100, "DEV_QUESTIONS": 8}
 demo.RECIPE |= {"MAX_COMPLETION_TOKENS": 32, "SAMPLE_EVERY": 1}
 if "--stop" in sys.argv:
     sys.argv.remove("--stop")

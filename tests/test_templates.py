@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import trl
-from conftest import ROOT
+from conftest import ROOT, conversation_about
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as backends
 from transformers import (
@@ -31,7 +31,6 @@ import train_sft
 from engine import models
 from engine.console import UserError
 from engine.numbers import TAGS, is_hard_format
-from engine.questions import to_conversation
 from engine.rollout import PlainSampler, Sampler
 from prompts import SYSTEM_PROMPT, WORKED_EXAMPLE
 
@@ -127,7 +126,7 @@ def write_model(folder: Path, tokenizer) -> Path:
 
 def assert_verbatim(tokenizer, ends: set[int]) -> None:
     """All that the project needs of a template, of the rendered texts and of the tokens; no code of the project's."""
-    asked = to_conversation(QUESTION, example=WORKED_EXAMPLE)
+    asked = conversation_about(QUESTION, example=WORKED_EXAMPLE)
     learned = [*asked, {"role": "assistant", "content": TRACE}]
     prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     whole = tokenizer.apply_chat_template(learned, tokenize=False)
@@ -258,7 +257,7 @@ def test_a_teacher_is_asked_in_its_own_way(tmp_path, capsys, monkeypatch):
         raise UserError(f"free: {arguments[3]}")
 
     monkeypatch.setattr(make_traces, "load_sampler", load)
-    monkeypatch.setattr(make_traces, "load_questions", lambda *_: {"prompt": [to_conversation("一")], "answer": [1]})
+    monkeypatch.setattr(make_traces, "load_questions", lambda *_: {"prompt": [conversation_about("一")], "answer": [1]})
     for flags, free in ((["--free"], True), ([], False)):
         with pytest.raises(UserError, match=f"free: {free}"):
             make_traces.main([*flags, "--model", str(folder), "--output", str(tmp_path / f"traces-{free}")])
@@ -316,7 +315,7 @@ def test_training_beyond_the_positions(short, demo_base, tmp_path):
     flags = ["--cpu", "--model", short, "--dataset", demo_base / "data", "--output", tmp_path / "run"]
     with pytest.raises(UserError, match="MODEL .*reads at most 96 .*MAX_PROMPT_TOKENS 384 . MAX_COMPLETION_TOKENS 512"):
         train_grpo.main([*map(str, flags)])
-    line = {"prompt": to_conversation("1+1="), "completion": [{"role": "assistant", "content": TRACE}]}
+    line = {"prompt": conversation_about("1+1="), "completion": [{"role": "assistant", "content": TRACE}]}
     (tmp_path / "traces.jsonl").write_text(json.dumps(line))
     with pytest.raises(UserError, match="MODEL .* reads at most 96 tokens, fewer than MAX_TOKENS 1024"):
         train_sft.main([*map(str, [*flags, "--traces", tmp_path / "traces.jsonl"])])
