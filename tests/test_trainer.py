@@ -63,11 +63,14 @@ class Keep(TrainerCallback):
         self.steps.append({name: grad.clone() for name, grad in grads.items()})  # None, and the optimizer would skip it
 
 
-def train(kind: type[GRPOTrainer], folder, reward=half_flat, lora: bool = False, **settings):
+def train(
+    kind: type[GRPOTrainer], folder, reward=half_flat, lora: bool = False, prompt_words: int | None = None, **settings
+):
     """Train two steps, by default; the trainer, with `.gradients` of each step and `.computed` (rows, columns)."""
     make_model(initializer_range=0.15).save_pretrained(folder / "model")  # a reference model is loaded from there
     model = Qwen2ForCausalLM.from_pretrained(folder / "model")
-    questions = [{"prompt": [{"role": "user", "content": f"w{i} " + "w5 " * (3 * i % 8)}]} for i in range(2, 32)]
+    words = [3 * i % 8 if prompt_words is None else prompt_words + i % 5 for i in range(32)]
+    questions = [{"prompt": [{"role": "user", "content": f"w{i} " + "w5 " * words[i]}]} for i in range(2, 32)]
     defaults = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "num_generations": GROUP}
     defaults |= {"max_completion_length": LONGEST, "max_steps": 2, "learning_rate": 1e-3, "max_grad_norm": 0.0}
     defaults |= {"logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
