@@ -35,17 +35,12 @@ class Unfailing(io.RawIOBase):
 
 def run(main: Callable[[], None], outlive_reader: bool = True) -> None:
     """Run a script's `main`; a UserError becomes one line on stderr and exit code 2, as do a full GPU and a full disk;
-    Ctrl-C exit code 130.
-
-    Args:
-        outlive_reader: go on where nobody can read any more what is said; False: `main` meets the error.
-    """
+    Ctrl-C exit code 130. Where what it says can no longer be written `main` goes on, or meets the error instead."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # None: it was closed when Python started
         stream.reconfigure(errors="replace")  # a completion may hold what this console cannot show
         if outlive_reader:
-            lines = stream.line_buffering or stream.write_through
-            end = io.BufferedWriter(Unfailing(stream))
+            end, lines = io.BufferedWriter(Unfailing(stream)), stream.line_buffering or stream.write_through
             stream = io.TextIOWrapper(end, stream.encoding, "replace", line_buffering=lines)
         setattr(sys, name, stream)
     try:
