@@ -244,12 +244,8 @@ def drop_tested(train: Dataset, test: Dataset) -> Dataset:
     tested, asked = {question for question, _ in pairs_of(test)}, [question for question, _ in pairs_of(train)]
     kept = [index for index, question in enumerate(asked) if question not in tested]
     if not kept:
-        raise UserError(
-            "every training question is in the test split too, and must not be learned; pass another --dataset"
-        )
+        raise UserError("every training question is in the test split too, and must not be learned; pass other data")
     if len(kept) < len(asked):
-        first = next(question for question in asked if question in tested)
-        note(
-            f"{len(asked) - len(kept)} training questions dropped that the test split asks too, the first is {first!r}"
-        )
+        first, count = next(question for question in asked if question in tested), len(asked) - len(kept)
+        note(f"{count} training questions dropped that the test split asks too, the first is {first!r}")
     return train.select(kept)
