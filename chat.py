@@ -1,7 +1,7 @@
 """Talk to a model under the prompt of its training: one question a line, no history.
 
-python chat.py output
-echo 5分钟多少秒 | python chat.py output
+python chat.py output/grpo
+echo 5分钟多少秒 | python chat.py output/grpo
 """
 
 import argparse
@@ -9,9 +9,11 @@ import contextlib
 import os
 import sys
 
-import train_grpo
 from engine.console import run
-from engine.questions import check_prompt, prompt_of, to_conversation
+from engine.questions import to_prompt
+from engine.templates import encode, trained_recipe
+
+MAX_TOKENS: int = 1024  # of an answer, for a model that was not trained here
 
 
 def main() -> None:
@@ -28,31 +30,32 @@ def main() -> None:
     import torch
     from transformers import TextStreamer
 
-    from engine.models import encode, find_beside, load_model, pick_device
+    from engine.models import load_model, pick_device
     from engine.rollout import make_sampler
 
-    trained = find_beside(flags.model, "recipe/recipe.json")
-    check_prompt(trained)
-    recipe = train_grpo.default_recipe() | trained
     model, tokenizer = load_model(flags.model)
-    device, autocast = pick_device(flags.cpu, recipe["BF16"])
+    device, autocast = pick_device(flags.cpu, trained_recipe(flags.model).get("BF16", True))
     sampler = make_sampler(model.to(device).eval(), tokenizer, autocast)
+    tokens = model.generation_config.max_new_tokens or MAX_TOKENS
     prompt = ">>> " if sys.stdin.isatty() else ""  # a pipe gets answers only
     if prompt:
         print("One question a line; exit or Ctrl-D leaves.")
-    while (question := input(prompt).strip()) != "exit":
-        if not question:
+    sys.stdin.reconfigure(errors="replace")  # U+FFFD stands for bytes that are no text: they cost only their line
+    while (question := input(prompt).lstrip("\ufeff").strip()) != "exit":  # some editors begin a file with U+FEFF
+        if "\ufffd" in question:
+            print(f"skipped, for it is not {sys.stdin.encoding.upper()}: {question}", file=sys.stderr)
+        if not question or "\ufffd" in question:
             continue
-        (ids,) = encode(tokenizer, [to_conversation(question, **prompt_of(trained))])
+        (ids,) = encode(tokenizer, [to_prompt(question)])
         streamer = TextStreamer(tokenizer, skip_special_tokens=True)  # holds back half a Chinese character
-        for token in sampler.stream(ids, recipe["MAX_COMPLETION_TOKENS"], flags.temperature):
+        for token in sampler.stream(ids, tokens, flags.temperature):
             streamer.put(torch.tensor([token]))
         streamer.end()
 
 
 if __name__ == "__main__":
     try:
-        run(main)
+        run(main, outlive_reader=False)
     except EOFError:  # Ctrl-D, the end of a pipe
         if sys.stdin.isatty():
             print()

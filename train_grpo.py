@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
+import prompts
 from engine import demo, runs
 from engine.console import UserError, refuse_missing_folder, run
 from engine.constants import check_constants, constants_of, is_a
@@ -32,7 +33,7 @@ if TYPE_CHECKING:  # imported where it is used: `--help` and the one-line errors
 # ----------------------------------------------------------------------------------------------------- the recipe
 # The model and the questions
 MODEL: str = "Qwen/Qwen2.5-0.5B-Instruct"  # hub id or folder; --model
-DATASET: str = "swulling/gsm8k_chinese"  # hub id or folder with splits train and test; --dataset
+DATASET: str = "swulling/gsm8k_chinese"  # hub id or folder with splits train and test, or a file; --dataset
 OUTPUT_DIR: str = "output"  # --output
 SEED: int = 42  # weights of a new adapter, order of the questions, sampling; --seed
 
@@ -80,8 +81,10 @@ LORA_LEARNING_RATE: float = 1e-5  # an adapter wants about ten times the rate of
 SAVE_EVERY: int = 25  # steps
 SAVE_LIMIT: int = 3  # checkpoints kept; one of the 0.5B model is about 6 GB with its optimizer
 SAMPLE_EVERY: int = 10  # steps between two completions shown in full
-EVAL_EVERY: int = 25  # steps between two looks at held-out accuracy; a new best is saved at once
-EVAL_QUESTIONS: int = 200  # test questions, always the same, answered at each look: 3.5 points standard error
+EVAL_EVERY: int = 25  # steps between two looks at the development questions; a new best is saved at once
+# The last so many questions of the train split are not trained on. The curves and the best checkpoint look at them, the
+# test split is asked before and after only. 200 give a standard error of 3.5 points.
+DEV_QUESTIONS: int = 200
 EVAL_BATCH: int = 128  # questions answered at a time, greedily
 PROBE_QUESTION: str = "5分钟多少秒"  # the question that the tutorial's model got wrong
 REPORT_TO: str = "none"  # a tracker besides TensorBoard: "wandb", "swanlab", "trackio", "mlflow" ...
@@ -115,8 +118,10 @@ def grpo_config(recipe: SimpleNamespace, on_cpu: bool, bf16: bool, accumulation:
 
 # --------------------------------------------------------------------------------------------------- how a run goes
 def default_recipe() -> dict[str, Any]:
-    """The constants above and the weights of the rewards, by name."""
-    return constants_of(sys.modules[__name__]) | {"REWARD_WEIGHTS": REWARD_WEIGHTS}
+    """The constants above, the rewards and their weights, and the prompt of a model that was not trained here."""
+    edited = {"REWARDS": REWARDS, "REWARD_WEIGHTS": REWARD_WEIGHTS}
+    edited |= {"SYSTEM_PROMPT": prompts.SYSTEM_PROMPT, "EXAMPLE": prompts.EXAMPLE}
+    return constants_of(sys.modules[__name__]) | edited
 
 
 def check_recipe(recipe: SimpleNamespace) -> None:
@@ -163,33 +168,33 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
 
     from transformers import PrinterCallback
 
-    from engine import checkpoints, pretraining
+    from engine import checkpoints
     from engine.curves import read_history
-    from engine.models import drop_long, load_model
+    from engine.models import check_positions, drop_long, load_model
     from engine.monitor import Monitor
     from engine.preference import load_preference
-    from engine.questions import load_questions
+    from engine.questions import load_splits
     from engine.rollout import Rollout
     from engine.trainer import CarefulTrainer
 
     state, autocast = runs.start_processes(flags, recipe.BF16)
     step = ("QUESTIONS_PER_STEP", "COMPLETIONS_PER_QUESTION")
     accumulation = runs.accumulation_steps(recipe, step, state.num_processes)
-    with state.main_process_first():
-        checkpoint = checkpoints.find(output, recipe, flags.resume)
-        if flags.demo:
-            pretraining.provide(output / "base", recipe.MODEL, recipe.DATASET)
+    checkpoint = runs.open_output(flags, recipe, state)
 
     # ---- data, model, trainer
-    train = load_questions(recipe.DATASET, "train", unlabelled=recipe.REWARD_MODEL != "")
-    test = load_questions(recipe.DATASET, "test")
-    model, tokenizer = load_model(recipe.MODEL)
+    train, dev, test = load_splits(recipe.DATASET, recipe.DEV_QUESTIONS, unlabelled=recipe.REWARD_MODEL != "")
+    runs.record_inputs(recipe, checkpoint, TRAIN=train, DEV=dev, TEST=test)
+    model, tokenizer = load_model(recipe.MODEL, prompt=runs.prompt_turns(recipe))
+    checkpoints.limit_answers(model, recipe.MAX_COMPLETION_TOKENS)
+    limits = {name: getattr(recipe, name) for name in ("MAX_PROMPT_TOKENS", "MAX_COMPLETION_TOKENS")}
+    check_positions(model, f"MODEL {recipe.MODEL!r}", **limits)
     fitting = drop_long(train, tokenizer, recipe.MAX_PROMPT_TOKENS, recipe.QUESTIONS_PER_STEP)
     rollout = Rollout(recipe.FAST_ROLLOUT)
     preference = [load_preference(recipe, state.device, autocast)] if recipe.REWARD_MODEL else []
     trainer = CarefulTrainer(
         model=model,
-        reward_funcs=REWARDS + preference,
+        reward_funcs=recipe.REWARDS + preference,
         args=grpo_config(recipe, state.device.type == "cpu", autocast is not None, accumulation),
         train_dataset=fitting,
         processing_class=tokenizer,
@@ -203,7 +208,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     results = checkpoints.begin(output, recipe, checkpoint) if state.is_main_process else {}
     begun = checkpoints.step_of(checkpoint) if checkpoint else 0
     history = read_history(output, until=begun) if checkpoint else []
-    monitor = Monitor(recipe, trainer, rollout, test, begun, history)
+    monitor = Monitor(recipe, trainer, rollout, dev, test, begun, history)
     if state.is_main_process:
         monitor.print_header(dropped=len(train) - len(fitting))
     runs.train_and_measure(monitor, results, checkpoint)

@@ -14,24 +14,19 @@ Only the completion is learned, with its end. A trace is learned whole or droppe
 """
 
 import argparse
-import hashlib
-import json
-import random
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import train_grpo
 from engine import demo, runs
-from engine.console import UserError, first_line, note, run
+from engine.console import UserError, run
 from engine.constants import check_constants, constants_of
-from engine.numbers import is_label
+from engine.fingerprints import fingerprint_rows
+from engine.traces import draw_mix, from_conversation, from_trace, keep_usable, read_rows
 
 if TYPE_CHECKING:  # imported where they are used: `--help` and the one-line errors need no seconds to start
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
     from trl import SFTConfig
 
 # ----------------------------------------------------------------------------------------------------- the recipe
@@ -58,8 +53,8 @@ LORA_LEARNING_RATE: float = 1e-4  # an adapter wants about ten times the rate of
 # What train_grpo.py says holds here too, the demo's values where it is the demo
 SHARED = (
     "MODEL DATASET SEED MAX_COMPLETION_TOKENS BF16 GRADIENT_CHECKPOINTING ADAM_BETAS WEIGHT_DECAY MAX_GRAD_NORM "
-    "LORA_RANK LORA_ALPHA LORA_DROPOUT LORA_MODULES SAVE_EVERY SAVE_LIMIT EVAL_EVERY EVAL_QUESTIONS EVAL_BATCH "
-    "PROBE_QUESTION FAST_ROLLOUT REPORT_TO"
+    "SYSTEM_PROMPT EXAMPLE LORA_RANK LORA_ALPHA LORA_DROPOUT LORA_MODULES SAVE_EVERY SAVE_LIMIT EVAL_EVERY EVAL_BATCH "
+    "DEV_QUESTIONS PROBE_QUESTION FAST_ROLLOUT REPORT_TO"
 ).split()
 
 
@@ -82,7 +77,7 @@ def sft_config(recipe: SimpleNamespace, on_cpu: bool, bf16: bool, accumulation: 
 # --------------------------------------------------------------------------------------------------- how a run goes
 def default_recipe() -> dict[str, Any]:
     """The constants of this file and the shared ones, by name."""
-    shared = constants_of(train_grpo)
+    shared = train_grpo.default_recipe()
     return {name: shared[name] for name in SHARED} | constants_of(sys.modules[__name__])
 
 
@@ -102,134 +97,40 @@ def configure(argv: list[str] | None, constants: dict[str, Any]) -> tuple[argpar
     return flags, recipe
 
 
-# ------------------------------------------------------------------------------------------------- files -> rows
-def read_rows(file: str, flag: str, convert: Callable[[dict], dict]) -> list[dict]:
-    """The lines of a file as `{"prompt": [messages], "completion": [one assistant's message]}`.
-
-    Raises:
-        UserError: no such file, nothing in it, or a line of another format.
-    """
-    try:
-        lines = Path(file).read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {file!r} cannot be read: {first_line(error)}; name another file") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                rows.append(convert(json.loads(line)))
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{flag} {file!r}, line {number}: {first_line(error)}; mend or drop it") from error
-    if not rows:
-        raise UserError(f"{flag} {file!r} is empty; name another file")
-    return rows
-
-
-def fingerprint(rows: list[dict]) -> str:
-    """What stands in the recipe for the rows that are learned: a file may change and keep its name."""
-    return f"{len(rows)} rows, sha256 {hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]}"
-
-
-def from_trace(line: dict) -> dict:
-    """A line of make_traces.py, or one like it; its prompt is used as it stands."""
-    prompt, completion = messages_of(line, "prompt"), messages_of(line, "completion")
-    if prompt[-1]["role"] != "user" or [message["role"] for message in completion] != ["assistant"]:
-        raise ValueError("not a prompt that ends with the user and a completion of one assistant's message")
-    if line.get("answer") is not None and not is_label(line["answer"]):
-        raise ValueError(f"answer is {line['answer']!r}, not an integer")
-    return {"prompt": prompt, "completion": completion}
-
-
-def from_conversation(line: dict) -> dict:
-    """A conversation: its last assistant's message is learned, what stands before is the prompt."""
-    messages = messages_of(line, "messages")
-    while messages and messages[-1]["role"] != "assistant":
-        messages.pop()
-    if len(messages) < 2 or messages[-2]["role"] != "user":
-        raise ValueError("no assistant's message that answers a user's")
-    return {"prompt": messages[:-1], "completion": messages[-1:]}
-
-
-def messages_of(line: dict, name: str) -> list[dict]:
-    """The messages under `name`, their role and content and nothing else."""
-    messages = line.get(name) if isinstance(line, dict) else None
-    roles = ("system", "user", "assistant")
-    if not (isinstance(messages, list) and messages):
-        raise ValueError(f"no list of messages under {name!r}")
-    for message in messages:
-        if not (isinstance(message, dict) and message.get("role") in roles and isinstance(message.get("content"), str)):
-            raise ValueError(f"a message under {name!r} without a text as content or a role of {', '.join(roles)}")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
-
-
-def keep_usable(
-    rows: list[dict], flag: str, tokenizer: "PreTrainedTokenizerBase", test: "Dataset", recipe: SimpleNamespace
-) -> list[dict]:
-    """The rows that are short enough and give away no test question; how many fall, and why, is said.
-
-    Raises:
-        UserError: none is left.
-    """
-    from engine.models import count_tokens
-
-    asked = {prompt[-1]["content"] for prompt in test["prompt"]}
-    limits = f"longer than MAX_TOKENS {recipe.MAX_TOKENS} or MAX_COMPLETION_TOKENS {recipe.MAX_COMPLETION_TOKENS}"
-    fallen, kept = {limits: 0, "on questions of the test split": 0}, []
-    for row, (prompt, completion) in zip(rows, count_tokens(tokenizer, rows), strict=True):
-        if prompt + completion > recipe.MAX_TOKENS or completion > recipe.MAX_COMPLETION_TOKENS:
-            fallen[limits] += 1
-        elif row["prompt"][-1]["content"] in asked:
-            fallen["on questions of the test split"] += 1
-        else:
-            kept.append(row)
-    said = ", ".join(f"{count} {why}" for why, count in fallen.items() if count)
-    if not kept:
-        raise UserError(f"{flag}: none of {len(rows)} rows can be learned: {said}; raise the limit, or name other rows")
-    if said:
-        note(f"{flag}: {len(rows) - len(kept)} of {len(rows)} rows dropped: {said}")
-    return kept
-
-
-def draw_mix(conversations: list[dict], traces: int, share: float, seed: int) -> list[dict]:
-    """As many conversations, drawn by chance, as make this share of all rows."""
-    wanted = round(traces * share / (1 - share))
-    if wanted > len(conversations):
-        note(f"--mix: MIX_SHARE {share} asks for {wanted} conversations, there are {len(conversations)}: all are taken")
-    return random.Random(seed).sample(conversations, min(wanted, len(conversations)))
-
-
 def main(argv: list[str] | None = None, **constants: Any) -> None:
     """Train. `constants` replace those above, and the shared ones, by name, for this run."""
     flags, recipe = configure(argv, constants)  # refuses what it can before anything is loaded, written or deleted
     output = Path(recipe.OUTPUT_DIR)
     traces = read_rows(recipe.TRACES, "--traces", from_trace)
     mix = read_rows(recipe.MIX, "--mix", from_conversation) if recipe.MIX else []
-    recipe.TRACES_READ, recipe.MIX_READ = fingerprint(traces), fingerprint(mix)  # --resume says where they differ
+    # by these --resume says what has changed and kept its name
+    recipe.TRACES_READ, recipe.MIX_READ = fingerprint_rows(traces), fingerprint_rows(mix)
 
     from datasets import Dataset
     from transformers import PrinterCallback
 
-    from engine import checkpoints, pretraining
+    from engine import checkpoints
     from engine.curves import read_history
-    from engine.models import load_model
+    from engine.models import check_positions, load_model
     from engine.monitor import SftMonitor
-    from engine.questions import load_questions
+    from engine.questions import load_splits
     from engine.rollout import Rollout
     from engine.trainer import CarefulSFTTrainer
 
     state, autocast = runs.start_processes(flags, recipe.BF16)
     accumulation = runs.accumulation_steps(recipe, ("ROWS_PER_STEP",), state.num_processes)
-    with state.main_process_first():
-        checkpoint = checkpoints.find(output, recipe, flags.resume)
-        if flags.demo:
-            pretraining.provide(output / "base", recipe.MODEL, recipe.DATASET)
+    checkpoint = runs.open_output(flags, recipe, state)
 
     # ---- data, model, trainer
-    test = load_questions(recipe.DATASET, "test")
-    model, tokenizer = load_model(recipe.MODEL)
-    traces = keep_usable(traces, "--traces", tokenizer, test, recipe)
+    _, dev, test = load_splits(recipe.DATASET, recipe.DEV_QUESTIONS)
+    runs.record_inputs(recipe, checkpoint, DEV=dev, TEST=test)
+    model, tokenizer = load_model(recipe.MODEL, prompt=runs.prompt_turns(recipe))
+    checkpoints.limit_answers(model, recipe.MAX_COMPLETION_TOKENS)
+    check_positions(model, f"MODEL {recipe.MODEL!r}", MAX_TOKENS=recipe.MAX_TOKENS)
+    held_out = {prompt[-1]["content"] for rows in (dev, test) for prompt in rows["prompt"]}
+    traces = keep_usable(traces, "--traces", tokenizer, held_out, recipe)
     if mix:
-        mix = keep_usable(mix, "--mix", tokenizer, test, recipe)
+        mix = keep_usable(mix, "--mix", tokenizer, held_out, recipe)
         mix = draw_mix(mix, len(traces), recipe.MIX_SHARE, recipe.SEED)
     trainer = CarefulSFTTrainer(
         model=model,
@@ -245,7 +146,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     results = checkpoints.begin(output, recipe, checkpoint) if state.is_main_process else {}
     begun = checkpoints.step_of(checkpoint) if checkpoint else 0
     history = read_history(output, until=begun) if checkpoint else []
-    monitor = SftMonitor(recipe, trainer, Rollout(recipe.FAST_ROLLOUT), test, begun, history)
+    monitor = SftMonitor(recipe, trainer, Rollout(recipe.FAST_ROLLOUT), dev, test, begun, history)
     if state.is_main_process:
         monitor.print_header(f"{len(traces)} traces of {recipe.TRACES}, {len(mix)} conversations mixed in")
     runs.train_and_measure(monitor, results, checkpoint)

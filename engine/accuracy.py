@@ -6,8 +6,8 @@ import math
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
-from engine.models import encode
 from engine.numbers import answered_number, find_numbers
+from engine.templates import encode
 from rewards import soft_format_reward
 
 if TYPE_CHECKING:

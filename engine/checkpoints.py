@@ -14,7 +14,6 @@ import shlex
 import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -24,11 +23,12 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 from safetensors import safe_open
-from transformers import GenerationConfig, Trainer, TrainerCallback
+from transformers import GenerationConfig, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 
 import prompts
 from engine.console import UserError, first_line, note
+from engine.folder import check_writable, existing, sync, write_text
 from engine.model_card import modelfile
 
 # What a run leaves behind that nobody wants overwritten. `base/` (the demo's cache) does not count.
@@ -40,6 +40,11 @@ LEFTOVERS = [".tmp-checkpoint-*", ".tmp-old-checkpoint-*", ".tmp-model", ".tmp-*
 # Constants that make what the weights are: a checkpoint fits no others. All else may change when a run is resumed.
 # TRACES is train_sft.py's: neither script goes on with what the other has begun.
 UNFIT = {"MODEL", "TRACES", "USE_LORA", "LORA_RANK", "LORA_ALPHA", "LORA_MODULES"}
+# And inputs that must not change, by their fingerprints, though they keep their names
+UNFIT_INPUTS = {
+    "TEST_READ": "`before` in {!r} was measured on other questions; put the old test split back",
+    "MODEL_READ": "the adapter saved in {!r} belongs to the old weights; put them back into MODEL's folder",
+}
 
 
 # -------------------------------------------------------------------------------------- the output folder, before
@@ -63,13 +68,8 @@ def find(output: Path, recipe: SimpleNamespace, resume: bool) -> Path | None:
             )
         return None
     checkpoint = newest_checkpoint(output)
-    changes = changed_constants(output, recipe)
-    for name in UNFIT & changes.keys():
-        raise UserError(
-            f"{name} was {changes[name][0]!r} and is {changes[name][1]!r}: the weights saved in {str(output)!r} do not "
-            "fit that; change it back, or start another run with --output"
-        )
-    done = results.get("finished") and results["steps"] == step_of(checkpoint) and any(output.glob("*.safetensors"))
+    changes = refuse_unfit(output, recipe)
+    done = results.get("finished") and results.get("steps") == step_of(checkpoint) and any(output.glob("*.safetensors"))
     if done and not {"MAX_STEPS", "EPOCHS"} & changes.keys():
         raise UserError(
             f"the run in {str(output)!r} is finished, nothing is left to resume; start another with --output"
@@ -77,19 +77,18 @@ def find(output: Path, recipe: SimpleNamespace, resume: bool) -> Path | None:
     return checkpoint
 
 
-def existing(output: Path) -> Path:
-    """The folder itself, or the nearest one above it that is there."""
-    return next(path for path in (output, *output.absolute().parents) if path.exists())
+def refuse_unfit(output: Path, recipe: SimpleNamespace) -> dict[str, tuple]:
+    """The changed constants where the run in `output` can go on with them; else raises UserError.
 
-
-def check_writable(output: Path) -> None:
-    """Raises UserError where nothing can be written to `output`, be it there already or not."""
-    try:
-        with tempfile.TemporaryFile(dir=existing(output)):  # tried: no look at permissions tells about all file systems
-            pass
-    except OSError as error:
-        what = "is a file" if output.is_file() else f"cannot be written to ({error.strerror})"
-        raise UserError(f"--output {str(output)!r} {what}; name another folder") from error
+    `find` asks before the inputs are read; the scripts ask again once they are and their fingerprints known.
+    """
+    changes = changed_constants(output, recipe)
+    for name in (UNFIT | UNFIT_INPUTS.keys()) & changes.keys():
+        if name != "MODEL_READ" or recipe.USE_LORA:  # a checkpoint of all weights needs no others
+            (before, now), folder = changes[name], str(output)
+            why = UNFIT_INPUTS.get(name, "the weights saved in {!r} do not fit that; change it back").format(folder)
+            raise UserError(f"{name} was {before!r} and is {now!r}: {why}, or start another run with --output")
+    return changes
 
 
 def begin(output: Path, recipe: SimpleNamespace, checkpoint: Path | None) -> dict:
@@ -206,37 +205,34 @@ def check_disk(output: Path, model: torch.nn.Module, save_limit: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- recipe and results
-def write_text(path: Path, text: str) -> None:
-    """Write all of it or nothing: readers never meet half a file."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    os.replace(temporary, path)
-
-
 def write_json(path: Path, content: dict) -> None:
     """The same for JSON."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path, key: str) -> dict:
+    """A file that a run wrote, with that key in it. Raises UserError where it is damaged or somebody else's."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {str(path)!r}: {first_line(error)}; name another --output") from error
+    if not (isinstance(content, dict) and key in content):
+        raise UserError(f"{str(path)!r} is no file of a run, it has no {key!r}; move it away, or name another --output")
+    return content
 
 
 def read_results(output: Path) -> dict:
-    """results.json of an earlier start of this run, or nothing. Raises UserError where it is damaged."""
-    return _read_json(output / "results.json") if (output / "results.json").is_file() else {}
+    """results.json of an earlier start of this run, or nothing. Raises UserError where it is no such file."""
+    return _read_json(output / "results.json", "finished") if (output / "results.json").is_file() else {}
 
 
 def describe_recipe(recipe: SimpleNamespace) -> dict:
     """All that makes an experiment, as JSON gives it back."""
-    names = ("SYSTEM_PROMPT", "EXAMPLE", "OPEN_SYSTEM_PROMPT", "QUESTION_COLUMN", "ANSWER_COLUMN")
+    names = ("OPEN_SYSTEM_PROMPT", "QUESTION_COLUMN", "ANSWER_COLUMN")
     asked = {name: getattr(prompts, name) for name in names}
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "datasets", "peft")}
-    return json.loads(json.dumps(vars(recipe) | asked | {"versions": versions}))
+    names_of_rewards = {"default": lambda reward: reward.__name__}
+    return json.loads(json.dumps(vars(recipe) | asked | {"versions": versions}, **names_of_rewards))
 
 
 def save_recipe(output: Path, recipe: SimpleNamespace) -> None:
@@ -247,13 +243,17 @@ def save_recipe(output: Path, recipe: SimpleNamespace) -> None:
     for script in [*project.glob("*.py"), *project.glob("engine/*.py")]:
         copy = folder / script.relative_to(project)
         copy.parent.mkdir(exist_ok=True)
-        shutil.copy(script, copy)
+        copy.unlink(missing_ok=True)  # it may be read-only, as the script may be: no mode is copied
+        shutil.copyfile(script, copy)
     write_json(folder / "recipe.json", describe_recipe(recipe))
 
 
 def changed_constants(output: Path, recipe: SimpleNamespace) -> dict[str, tuple]:
-    """The constants, prompt and versions that differ from what `output` was begun with: name -> (before, now)."""
-    before, now = _read_json(output / "recipe" / "recipe.json"), describe_recipe(recipe)
+    """The constants, prompt and versions that differ from what `output` was begun with: name -> (before, now).
+
+    A fingerprint (..._READ) differs only where both are known: an older run has none, and `find` looks before they are.
+    """
+    before, now = _read_json(output / "recipe" / "recipe.json", "OUTPUT_DIR"), describe_recipe(recipe)
     old, new = before.pop("OUTPUT_DIR") + os.sep, now.pop("OUTPUT_DIR") + os.sep
     for name, value in before.items():
         if isinstance(value, str) and value.startswith(old):  # the demo's model: the folder may have been moved
@@ -262,6 +262,7 @@ def changed_constants(output: Path, recipe: SimpleNamespace) -> dict[str, tuple]
         name: (before.get(name), now.get(name))
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
+        and not (name.endswith("_READ") and None in (before.get(name), now.get(name)))
     }
 
 
@@ -277,8 +278,6 @@ def save_trained(trainer: Trainer, output: Path, max_tokens: int) -> None:
     temporary, lora = output / ".tmp-model", isinstance(trainer.model, PeftModel)
     model = trainer.model.get_base_model() if lora else trainer.model
     model.config.use_cache = True  # the trainer switched it off; whoever loads the model wants it
-    ends = {name: getattr(model.generation_config, name) for name in ("eos_token_id", "pad_token_id")}
-    model.generation_config = GenerationConfig(**ends)  # the base's would sample, and punish repetition
     # merged into rounded weights, small updates would be lost
     assert all(weight.dtype == torch.float32 for weight in trainer.model.parameters())
     try:
@@ -286,21 +285,29 @@ def save_trained(trainer: Trainer, output: Path, max_tokens: int) -> None:
         if not trainer.args.should_save:
             return
         if lora:
+            model.generation_config.save_pretrained(temporary / "adapter")
             trainer.model.merge_and_unload().save_pretrained(temporary)
             trainer.processing_class.save_pretrained(temporary)
         (temporary / "Modelfile").write_text(modelfile(trainer.processing_class, max_tokens), encoding="utf-8")
         open_weights(temporary, temporary / "Modelfile")
+        _sync_all(temporary)
         for path in temporary.iterdir():
-            _sync(path)
             if path.is_dir():  # no folder replaces another
                 _delete([output / path.name])
             os.replace(path, output / path.name)
         temporary.rmdir()
+        sync(output)
     except Exception as error:  # as in attempt
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
             f"the trained model could not be saved ({first_line(error)}); mend that and --resume"
         ) from error
+
+
+def limit_answers(model: PreTrainedModel, max_tokens: int) -> None:
+    """Let whoever generates with the saved model do so as it is evaluated here: greedily, with so many tokens."""
+    ends = {name: getattr(model.generation_config, name) for name in ("eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**ends, max_new_tokens=max_tokens)
 
 
 def open_weights(folder: Path, like: Path) -> None:
@@ -318,27 +325,25 @@ def attempt(work: Callable[..., None], *args) -> str | None:
     return None
 
 
-def _sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    if path.is_dir() and os.name == "nt":  # Windows opens no folders and needs none synced
-        return
-    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _sync_all(folder: Path) -> None:
+    """The same for a folder and all that is in it."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Make a checkpoint appear under its name, all of it at once."""
-    for path in [*temporary.rglob("*"), temporary]:
-        _sync(path)
-    old = final.with_name(f".tmp-old-{final.name}")
-    if final.exists():
-        final.rename(old)
+    """Make a checkpoint appear under its name, all of it at once.
+
+    Where the same step was saved before, that checkpoint stays if it is complete: it holds the same, and replacing it
+    would take two renames, between which a kill would leave no checkpoint of this step under its name.
+    """
+    _sync_all(temporary)
+    if final.exists() and find_fault(final) is None:
+        _delete([temporary])
+        return
+    _delete([final])
     temporary.rename(final)
-    _sync(final.parent)
-    _delete([old])
+    sync(final.parent)
 
 
 def rotate(output: Path, limit: int, best_step: int | None) -> None:
@@ -357,10 +362,11 @@ def rotate(output: Path, limit: int, best_step: int | None) -> None:
 
 
 class StopSignals(TrainerCallback):
-    """Within `with StopSignals(trainer) as stop:` Ctrl-C and SIGTERM end the training after a step, with a save.
+    """Within `with StopSignals(trainer) as stop:` Ctrl-C, SIGTERM and SIGHUP end the training after a step, and save.
 
     The handler only notes the signal, which all processes compare at the end of each step; a second signal finds the
-    system's own handler and ends the process at once. `stop.signal` is 0 or the signal that ended the training.
+    system's own handler and ends the process at once, but for SIGHUP: the shell of a terminal that closes and the
+    kernel both send it. `stop.signal` is 0 or the signal that ended the training.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -368,7 +374,10 @@ class StopSignals(TrainerCallback):
         trainer.add_callback(self)
 
     def __enter__(self) -> StopSignals:
-        self.previous = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup has set
+            numbers.append(signal.SIGHUP)
+        self.previous = {number: signal.signal(number, self.receive) for number in numbers}
         return self
 
     def __exit__(self, *_) -> None:
@@ -377,9 +386,10 @@ class StopSignals(TrainerCallback):
 
     def receive(self, number: int, frame) -> None:
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL if number in (signal.SIGINT, signal.SIGTERM) else signal.SIG_IGN)
         if os.environ.get("RANK", "0") == "0":
-            os.write(2, b"\nstopping after this step; once more stops at once\n")  # print may be in use right now
+            with suppress(OSError):  # a terminal that has closed
+                os.write(2, b"\nstopping after this step; once more stops at once\n")  # print may be in use right now
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.signal = max(gather_object([self.signal]))

@@ -1,6 +1,7 @@
 """How the program speaks: errors that a user can mend in one line, notes, and the start of every script."""
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -11,16 +12,47 @@ class UserError(Exception):
     """Something the user can mend; the message is one line that names the value, the place and the remedy."""
 
 
-def run(main: Callable[[], None]) -> None:
+class Unfailing(io.RawIOBase):
+    """The end of stdout or stderr: what finds no reader, no terminal or no room on a disk is lost, and nothing else."""
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        self.stream = stream  # kept: collected, it would close what is below it
+        self.raw = getattr(stream.buffer, "raw", stream.buffer)  # under PYTHONUNBUFFERED there is no buffer between
+        self.isatty, self.fileno = self.raw.isatty, self.raw.fileno
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: memoryview) -> int:
+        try:
+            return self.raw.write(data) or len(data)  # None: a pipe that would have to be waited for, and may not be
+        except OSError:
+            return len(data)
+
+
+def run(main: Callable[[], None], outlive_reader: bool = True) -> None:
     """Run a script's `main`; a UserError becomes one line on stderr and exit code 2, as do a full GPU and a full disk;
-    Ctrl-C exit code 130."""
-    for stream in (sys.stdout, sys.stderr):  # a completion may hold what this console cannot show
-        stream.reconfigure(errors="replace")
+    Ctrl-C exit code 130.
+
+    Args:
+        outlive_reader: go on where nobody can read any more what is said; False: `main` meets the error.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # the shell closed it, as `>&-` does; no other file may get its number
+            setattr(sys, name, open(os.devnull, mode))
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        stream.reconfigure(errors="replace")  # a completion may hold what this console cannot show
+        if outlive_reader:
+            lines = stream.line_buffering or stream.write_through
+            end = io.BufferedWriter(Unfailing(stream))
+            stream = io.TextIOWrapper(end, stream.encoding, "replace", line_buffering=lines)
+        setattr(sys, name, stream)
     try:
         main()
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes on this machine one is enough
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"error: {' '.join((cache_fault(error) or str(error)).split())}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; this file knows no torch
@@ -35,6 +67,18 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print(file=sys.stderr)  # the terminal shows ^C and stays in that line
         sys.exit(130)
+
+
+def cache_fault(error: BaseException | None) -> str | None:
+    """What to say where an error, or one that it came from, is about the hub's cache, which data sets use too."""
+    while error is not None:
+        if isinstance(error, OSError) and error.filename and not isinstance(error, FileNotFoundError):
+            from huggingface_hub.constants import HF_HOME
+
+            if Path(str(error.filename)).is_relative_to(HF_HOME):
+                return f"the cache in {HF_HOME!r} cannot be used: {error}; set HF_HOME to a folder that can be written"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def first_line(error: BaseException) -> str:

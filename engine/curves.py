@@ -6,10 +6,11 @@ python -m engine.curves output other ...      draw several runs over each other,
 
 import argparse
 import logging
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
 
-from engine.console import UserError, note, run
+from engine.console import UserError, first_line, note, run
 from engine.monitor import History
 
 # panel -> the upper end of its scale (None: as the data want) and its curves; of several runs only the first curve
@@ -29,6 +30,9 @@ SFT_PANELS = {  # of train_sft.py's runs
     "cut off": (1.02, {"heldout/truncated": "held-out"}),
     "entropy": PANELS["entropy"],
 }
+LATIN = "DejaVu Sans"  # comes with matplotlib
+# How the names of families with Chinese characters begin, on Linux, Windows and macOS
+CHINESE = "Noto Sans CJK,Noto Sans SC,Source Han Sans,WenQuanYi,SimHei,Microsoft YaHei,PingFang,Heiti,Arial Unicode"
 SMOOTH = 5  # steps in the mean that is drawn over the faint curve of single steps
 
 
@@ -58,8 +62,17 @@ def read_history(output: Path, until: int | None = None) -> History:
 
 def draw_curves(runs: dict[str, History], picture: Path) -> None:
     """Draw one run, or several over each other, as 1000 x 600 pixels."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it would announce that it looks for fonts
+    from matplotlib import rcParams
     from matplotlib.figure import Figure  # not pyplot: needs no display
 
+    fonts = find_fonts("".join(runs) if len(runs) > 1 else "")
+    if not fonts:
+        named = {f"run {number}": history for number, history in enumerate(runs.values(), start=1)}
+        said = ", ".join(f"{label} is {name!r}" for label, name in zip(named, runs, strict=True))
+        note(f"no font that is installed shows all names (install Noto Sans CJK, say); in the picture {said}")
+        runs = named
+    rcParams.update({"font.family": fonts or LATIN, "text.parse_math": False})  # a $ in a name begins no formula
     taught = all(any("training/token_accuracy" in row for row in history) for history in runs.values())
     panels = SFT_PANELS if taught else PANELS
     figure = Figure(figsize=(10, 6), dpi=100, layout="constrained")
@@ -77,6 +90,22 @@ def draw_curves(runs: dict[str, History], picture: Path) -> None:
         axes.legend(fontsize=9)
     figure.supxlabel("step", fontsize=10)
     figure.savefig(picture)
+
+
+def find_fonts(text: str) -> list[str] | None:
+    """Families that have all characters of a text: matplotlib's own, and a Chinese one where it needs that."""
+    from matplotlib.font_manager import FontProperties, findfont, findSystemFonts, fontManager, get_font
+
+    if not text.isascii():
+        for file in set(findSystemFonts()) - {font.fname for font in fontManager.ttflist}:
+            with suppress(Exception):  # installed since matplotlib last looked; it may be of a kind that it cannot read
+                fontManager.addfont(file)
+    installed = sorted({font.name for font in fontManager.ttflist if font.name.startswith(tuple(CHINESE.split(",")))})
+    for families in ([LATIN], *([LATIN, family] for family in installed)):
+        fonts = [get_font(findfont(FontProperties(family=[family]))) for family in families]
+        if all(any(font.get_char_index(ord(char)) for font in fonts) for char in text):
+            return families
+    return None
 
 
 def draw_curve(axes, history: History, tag: str, color: str, label: str) -> None:
@@ -99,7 +128,11 @@ def main() -> None:
     parser.add_argument("outputs", nargs="+", type=Path, help="a run's folder; several are drawn over each other")
     outputs = parser.parse_args().outputs
     picture = outputs[0] / ("curves.png" if len(outputs) == 1 else "comparison.png")
-    draw_curves({str(output): read_history(output) for output in outputs}, picture)
+    runs = {str(output): read_history(output) for output in outputs}
+    try:
+        draw_curves(runs, picture)
+    except OSError as error:
+        raise UserError(f"cannot write {str(picture)!r}: {first_line(error)}; mend that, or name a copy") from error
     print(picture)
 
 

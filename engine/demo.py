@@ -13,10 +13,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from engine.questions import to_conversation, to_row
+from engine.questions import to_prompt, to_row
+from engine.templates import CHATML_TEMPLATE, carry_prompt, todays_prompt
 
 # The data set
-TRAIN_QUESTIONS = 1600
+TRAIN_QUESTIONS = 1840  # the last 240 of them are the development questions
 TEST_QUESTIONS = 240
 SEED = 0  # of the questions, the traces, the weights and their training; --seed varies the GRPO run only
 
@@ -30,7 +31,7 @@ RECIPE = {
     "LEARNING_RATE": 5e-4,
     "MAX_STEPS": 50,
     "EVAL_EVERY": 5,
-    "EVAL_QUESTIONS": TEST_QUESTIONS,
+    "DEV_QUESTIONS": 240,
     "MAX_COMPLETION_TOKENS": 64,  # a careful answer has about 35
 }
 
@@ -61,13 +62,6 @@ SFT_BATCH = 16  # traces
 SFT_LEARNING_RATE = 3e-3  # peak
 
 CAREFUL = "我们一步一步来：\n"  # how careful reasoning begins
-
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
-"""
 
 KINDS = ["minutes", "hours", "weeks", "speed", "price", "sum", "rest", "boxes"]
 CONVERSIONS = {"minutes": ("分钟", "秒", 60), "hours": ("小时", "分钟", 60), "weeks": ("周", "天", 7)}
@@ -199,7 +193,7 @@ def make_demo(folder: str | Path, steps: int = SFT_STEPS) -> tuple[str, str]:
 def fingerprint() -> str:
     """Tells apart what makes a base: the prompt and this file, but for the recipes, which are to be played with."""
     source = re.sub(r"^(SFT_)?RECIPE = \{.*?^\}", "", Path(__file__).read_text(encoding="utf-8"), flags=re.M | re.S)
-    return hashlib.sha256((source + str(to_conversation(""))).encode()).hexdigest()
+    return hashlib.sha256((source + CHATML_TEMPLATE + str(todays_prompt())).encode()).hexdigest()
 
 
 def save_questions(folder: Path) -> None:
@@ -223,14 +217,14 @@ def teach_base(traces: list[Problem], steps: int, folder: Path) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     rows = [
-        {"prompt": to_conversation(p.question), "completion": [{"role": "assistant", "content": p.trace}]}
-        for p in traces
+        {"prompt": to_prompt(p.question), "completion": [{"role": "assistant", "content": p.trace}]} for p in traces
     ]
-    texts = (text for row in rows for message in row["prompt"] + row["completion"] for text in message.values())
+    turns = (turn for row in rows for turn in todays_prompt() + row["prompt"] + row["completion"])
+    texts = (text for turn in turns for text in turn.values())
     # Qwen2's own class, since AutoTokenizer reads every Qwen2 folder as that, whatever the files in it say
     special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "extra_special_tokens": ["<|im_start|>"]}
     tokenizer = transformers.Qwen2Tokenizer(**special).train_new_from_iterator(texts, VOCABULARY, show_progress=False)
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = carry_prompt(CHATML_TEMPLATE, todays_prompt())
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(SEED)
     shape = transformers.Qwen2Config(vocab_size=len(tokenizer), tie_word_embeddings=True, **SHAPE, **ends)

@@ -9,10 +9,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCardData
 
-import prompts
-from engine.models import render
-from engine.questions import to_conversation
-from rewards import REWARDS
+from engine.templates import render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,12 +26,11 @@ def modelfile(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> str:
     The template is said because Ollama finds none in what transformers 5 saves, the penalty because its older versions
     punish repetition unasked, also at temperature 0.
     """
-    asked = to_conversation("{{ $question }}", "{{ .System }}")
+    question = [{"role": "user", "content": "{{ $question }}"}]
     return f'''\
 # ollama create r1-zh -f Modelfile && ollama run r1-zh
 FROM .
-TEMPLATE """{LAST_QUESTION}{render(tokenizer, asked)}"""
-SYSTEM """{prompts.SYSTEM_PROMPT}"""
+TEMPLATE """{LAST_QUESTION}{render(tokenizer, question)}"""
 PARAMETER temperature 0
 PARAMETER repeat_penalty 1
 PARAMETER num_predict {max_tokens}
@@ -76,10 +72,9 @@ def model_card(recipe: dict, results: dict) -> str:
         "versions": ", ".join(f"{name} {version}" for name, version in recipe["versions"].items()),
     }
     if grpo:
-        weights = zip(REWARDS, recipe["REWARD_WEIGHTS"], strict=True)
-        settings["weights of the rewards"] = ", ".join(f"{reward.__name__} {weight:g}" for reward, weight in weights)
-    turns = [*recipe["EXAMPLE"], {"role": "user", "content": recipe["PROBE_QUESTION"]}]
-    asked = ", ".join(json.dumps(turn, ensure_ascii=False) for turn in turns)
+        weights = zip(recipe["REWARDS"], recipe["REWARD_WEIGHTS"], strict=True)
+        settings["weights of the rewards"] = ", ".join(f"{name} {weight:g}" for name, weight in weights)
+    question = json.dumps([{"role": "user", "content": recipe["PROBE_QUESTION"]}], ensure_ascii=False)
     figures = ""
     for when in ("before", "after"):
         e = results[when]
@@ -88,7 +83,7 @@ def model_card(recipe: dict, results: dict) -> str:
             f"| {e['flexible']:.1%} | {e['format']:.1%} | {e['mean_tokens']:.0f} |\n"
         )
     rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
-    return f'''\
+    return f"""\
 ---
 {metadata}
 ---
@@ -109,24 +104,21 @@ equals the label; *flexible*: where there is no such number, the last one in the
 
 ## How to use it
 
-In this folder; elsewhere its name on the hub takes the place of the dot. It answers one question at a time, greedily,
-and expects the system prompt that it was trained under:
+In this folder; elsewhere its name on the hub takes the place of the dot. It answers one question at a time. Its chat
+template adds the system prompt that it was trained under, and it answers greedily unless told otherwise:
 
 ```python
 from transformers import pipeline
 
-SYSTEM_PROMPT = """\\
-{recipe["SYSTEM_PROMPT"]}"""
-messages = [{{"role": "system", "content": SYSTEM_PROMPT}}, {asked}]
-limits = {{"max_new_tokens": {recipe["MAX_COMPLETION_TOKENS"]}, "do_sample": False}}
-answer = pipeline("text-generation", ".")(messages, **limits)
+question = {question}
+answer = pipeline("text-generation", ".")(question)
 print(answer[0]["generated_text"][-1]["content"])
 ```
 
 ```bash
 ollama create r1-zh -f Modelfile && ollama run r1-zh
 ```
-'''
+"""
 
 
 def is_hub_id(name: str) -> bool:

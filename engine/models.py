@@ -1,31 +1,27 @@
-"""Models as everything here uses them: where they compute, how they are loaded and checked, how a prompt is encoded."""
+"""Where models compute, and how a model and its tokenizer are loaded and checked."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.console import UserError, first_line, note, refuse_missing_folder
+from engine.templates import (
+    carried_prompt,
+    carry_prompt,
+    encode,
+    fit_template,
+    keep_tags,
+    own_template,
+    prompt_of,
+    todays_prompt,
+    trained_recipe,
+)
 
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-# How a base model is asked: as plain text, for it knows no turns, and ended by its own end token. At this size that
-# goes better than a chat template (simpleRL-Zoo, arXiv 2503.18892). The line break behind 回答： keeps a
-# prompt's tokens the same whatever follows.
-PLAIN_TEMPLATE = """\
-{{- bos_token or '' -}}
-{%- for message in messages -%}
-{%- if message['role'] == 'system' -%}{{ message['content'] + '\\n\\n' }}
-{%- elif message['role'] == 'user' -%}{{ '问题：' + message['content'] + '\\n' }}
-{%- else -%}{{ '回答：\\n' + message['content'] + eos_token }}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '回答：\\n' }}{%- endif -%}
-"""
 
 
 def pick_device(cpu: bool, bf16: bool = True) -> tuple[torch.device, torch.dtype | None]:
@@ -56,21 +52,34 @@ def describe_precision(device: torch.device, autocast: torch.dtype | None, bf16:
     return "float32 (no bf16 units" + ("; fp16 would overflow)" if device.type == "cuda" else ")")
 
 
-def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(
+    name: str, dtype: torch.dtype | None = None, prompt: list[dict] | None = None, free: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer, from a hub id, a saved model, a checkpoint or a LoRA adapter folder, which is merged.
 
-    A base model gets PLAIN_TEMPLATE, which is saved with whatever is trained from it.
+    Its chat template leaves our texts as they are (`templates.fit_template`) and carries the prompt of its training.
 
     Args:
-        dtype: of the weights, read as that, without a copy in another; buffers stay in float32, for positions would be
-            rounded. None: float32, although transformers would load bf16, in which updates of 1e-6 vanish.
+        dtype: of the weights, which are read in it. Buffers stay in float32, because rounded positions are wrong ones.
+            None: float32, although transformers would load bf16, in which updates of 1e-6 vanish.
+        prompt: the turns before a question, for a model that carries none; None: those of prompts.py.
+        free: the model is asked without our prompt, and its own template may do what it wants.
 
     Raises:
-        UserError: nothing loadable there, weights missing, or a tokenizer that does not fit them.
+        UserError: nothing loadable there, weights missing, or a tokenizer or template that does not fit.
     """
     from transformers import AutoModelForCausalLM
 
     model, tokenizer = _load(AutoModelForCausalLM, name, dtype)
+    if carried_prompt(tokenizer.chat_template or "") is None:  # not trained here: its limit is meant for other prompts
+        old = trained_recipe(name)  # or trained before the template carried the prompt
+        model.generation_config.max_new_tokens = old.get("MAX_COMPLETION_TOKENS")
+    else:
+        tokenizer.chat_template = own_template(tokenizer.chat_template)
+    check_tokenizer(model, tokenizer, name, free)
+    if not free:
+        turns = prompt_of(name, untrained=prompt or todays_prompt())
+        tokenizer.chat_template = carry_prompt(tokenizer.chat_template, turns)
     model.config.use_cache = True  # a Trainer leaves False in the checkpoints that it writes
     rope = getattr(model.config, "rope_parameters", None) or {}
     if "rope_theta" in rope:  # saved once more where Ollama and transformers 4 look for it, at the top of config.json
@@ -87,6 +96,7 @@ def load_reward_model(name: str, dtype: torch.dtype | None = None) -> tuple[PreT
     from transformers import AutoModelForSequenceClassification
 
     model, tokenizer = _load(AutoModelForSequenceClassification, name, dtype)
+    check_tokenizer(model, tokenizer, name)
     if model.config.num_labels != 1:
         raise UserError(
             f"REWARD_MODEL {name!r} sorts into {model.config.num_labels} classes, a reward model gives one score; "
@@ -97,9 +107,9 @@ def load_reward_model(name: str, dtype: torch.dtype | None = None) -> tuple[PreT
 
 
 def _load(kind: type, name: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model by one of transformers' AutoModel classes, and its tokenizer, both checked. Raises UserError."""
+    """A model by one of transformers' AutoModel classes, and its tokenizer. Raises UserError."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, logging
 
     refuse_missing_folder(name, "the model")
     logging.set_verbosity_error()
@@ -107,35 +117,42 @@ def _load(kind: type, name: str, dtype: torch.dtype | None) -> tuple[PreTrainedM
     dtype = dtype or torch.float32
     safe = {"trust_remote_code": False, "use_safetensors": True}  # a script or a pickle could do anything
     wrong: list[str] = []
+    base = fault = ""
     try:
         if kind is AutoModelForCausalLM and (Path(name) / "adapter_config.json").exists():
-            from peft import AutoPeftModelForCausalLM
+            from peft import AutoPeftModelForCausalLM, PeftConfig
 
+            base = str(PeftConfig.from_pretrained(name).base_model_name_or_path)
             model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=torch.float32, **safe).merge_and_unload()
+            if Path(name, "generation_config.json").is_file():  # else it is the base's
+                model.generation_config = GenerationConfig.from_pretrained(name)
             for parameter in model.parameters():  # no sooner: small updates would round away before they are added
                 parameter.data = parameter.data.to(dtype)
         else:
             safe |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # it would say less
             model, found = kind.from_pretrained(name, dtype=dtype, **safe)
             wrong = sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])])
+        base, fault = "", "its tokenizer is missing or damaged: "
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
     except Exception as error:  # the hub's, the weights' and the tokenizers' readers have no common base class
         where, remedy = "hub id", "Pass a local folder, or set HF_ENDPOINT=https://hf-mirror.com"
         if Path(name).is_dir():
-            where, remedy = "folder", "Put a whole model there (config, *.safetensors, tokenizer) or name another"
-        raise UserError(f"cannot load the model {name!r} ({where}): {first_line(error)}. {remedy}") from error
+            where, remedy = "folder", "Put all its files there (config, *.safetensors, tokenizer) or name another"
+        if base and not Path(base).is_dir():
+            where = f"adapter of {base!r}, no folder in {str(Path.cwd())!r}"
+            remedy = "Mend base_model_name_or_path in its adapter_config.json, or set HF_ENDPOINT if that is a hub id"
+        raise UserError(f"cannot load the model {name!r} ({where}): {fault}{first_line(error)}. {remedy}") from error
     if wrong:  # they would be random numbers
         raise UserError(
             f"the weights of {name!r}, a {' or '.join(model.config.architectures or ['model'])}, do not make a "
             f"{type(model).__name__}: {len(wrong)} are missing or of another shape, such as {wrong[0]}; get the model "
             "again, or name another"
         )
-    check_tokenizer(model, tokenizer, name)
     return model, tokenizer
 
 
-def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Gives a base model's tokenizer its template, and one that pads with its end token another token for that.
+def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, free: bool = False) -> None:
+    """Gives a tokenizer a fitting template, and one that pads with its end token another token for that.
 
     Raises:
         UserError: the tokenizer cannot serve this model.
@@ -152,12 +169,11 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         fault = "it has no end token"
     if fault:
         raise UserError(f"the tokenizer of {name!r} is not this model's: {fault}; put the model's own beside it")
-    if not model.can_generate():  # a reward model reads what it judges through its own template, or not at all
-        if not tokenizer.chat_template:
-            raise UserError(f"the tokenizer of {name!r} has no chat template; name a reward model of conversations")
-    elif why := base_because(tokenizer, ends):
-        tokenizer.chat_template = PLAIN_TEMPLATE
-        note(f"{name!r} is a base model ({why}): it gets a plain template that ends answers with {tokenizer.eos_token}")
+    if model.can_generate():
+        keep_tags(tokenizer)
+        fit_template(tokenizer, ends, name, free)
+    elif not tokenizer.chat_template:  # a reward model reads what it judges through its own template, or not at all
+        raise UserError(f"the tokenizer of {name!r} has no chat template; name a reward model of conversations")
     if tokenizer.pad_token in (None, tokenizer.eos_token):  # padding would look like ends: the model forgets to stop
         special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         others = [token for token in special if token != tokenizer.eos_token]
@@ -168,39 +184,12 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         note(f"the tokenizer of {name!r} pads with {old}; here {tokenizer.pad_token} does")
 
 
-def base_because(tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> str | None:
-    """Why this is the tokenizer of a base model, whose `ends` are token ids; None where it is not.
-
-    Qwen's base models come with the chat template of their instruction-tuned sisters, but nobody has taught them to
-    stop where it ends a turn.
-    """
-    if not tokenizer.chat_template:
-        return "no chat template"
-    turns = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
-    turn_end = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("2")[2]
-    if any(token in turn_end for token in tokenizer.convert_ids_to_tokens([*ends, tokenizer.eos_token_id])):
-        return None
-    return f"its chat template ends a turn with {turn_end.strip() or 'nothing'}, where the model does not stop"
-
-
-def encode(
-    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]], complete: bool = False
-) -> list[list[int]]:
-    """Token ids of prompts, up to and with the header of the assistant's turn, or of complete conversations."""
-    ids = tokenizer.apply_chat_template(conversations, add_generation_prompt=not complete, return_dict=True)
-    return ids["input_ids"]
-
-
-def render(tokenizer: PreTrainedTokenizerBase, conversation: list[dict]) -> str:
-    """The same as text, of one conversation."""
-    return tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-
-
-def count_tokens(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> list[tuple[int, int]]:
-    """Tokens of each row's `prompt`, with the header of the assistant's turn, and of its `completion`, with its end."""
-    prompts = encode(tokenizer, [row["prompt"] for row in rows])
-    whole = encode(tokenizer, [row["prompt"] + row["completion"] for row in rows], complete=True)
-    return [(len(prompt), len(both) - len(prompt)) for prompt, both in zip(prompts, whole, strict=True)]
+def check_positions(model: PreTrainedModel, what: str, **tokens: int) -> None:
+    """Raises UserError where a model, called `what`, has fewer positions than texts may have `tokens` in all."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and 0 < positions < sum(tokens.values()):  # some say -1 where they have no limit
+        longest = " + ".join(f"{name} {count}" for name, count in tokens.items())
+        raise UserError(f"{what} reads at most {positions} tokens, fewer than {longest}; lower these, or name another")
 
 
 def drop_long(questions: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int, at_least: int) -> Dataset:
@@ -209,7 +198,8 @@ def drop_long(questions: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int
     Raises:
         UserError: fewer than `at_least` (QUESTIONS_PER_STEP) are left, too few for a single step.
     """
-    kept = questions.filter(lambda prompt: len(encode(tokenizer, [prompt])[0]) <= limit, input_columns="prompt")
+    prompts = encode(tokenizer, questions["prompt"][:])  # all in one call, twice as fast as one each
+    kept = questions.select([i for i, ids in enumerate(prompts) if len(ids) <= limit])
     if len(kept) < at_least:
         dropped = len(questions) - len(kept)
         raise UserError(
@@ -218,11 +208,3 @@ def drop_long(questions: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int
             "(for a larger `sifted` the same make_traces.py with a higher --limit)"
         )
     return kept
-
-
-def find_beside(model: str, name: str) -> dict:
-    """A JSON file that training wrote into a model's folder, or above it for a checkpoint or an adapter; else {}."""
-    for folder in (Path(model), Path(model).parent):
-        if Path(model).is_dir() and (folder / name).is_file():
-            return json.loads((folder / name).read_text(encoding="utf-8"))
-    return {}

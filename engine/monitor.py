@@ -25,12 +25,12 @@ from accelerate.utils import broadcast_object_list
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 
-from engine.accuracy import describe, evaluate, summarize
+from engine.accuracy import describe, evaluate
 from engine.checkpoints import attempt, write_text
 from engine.console import UserError
 from engine.models import describe_precision
 from engine.numbers import extract_answer, thinking_of
-from engine.questions import to_conversation
+from engine.questions import to_prompt
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,17 +41,17 @@ if TYPE_CHECKING:
 History = list[dict[str, float]]
 
 # ------------------------------------------------------------------------------------------------------ the alarms
-WINDOW = 20  # steps; an alarm judges means over so many, since single steps are noise
-REPEAT = 100  # steps before an alarm that still holds is raised again
-FORMAT_RISE = 0.05  # of the completions, on average over the format rewards, earn one more, while ...
-CORRECT_FALL = 0.3  # ... this part of the right answers is lost
-CUT_OFF = 0.2  # of the completions reach MAX_COMPLETION_TOKENS
-REPEATING = 0.1  # of the completions end in a repetition
-FLAT_GROUPS = 0.8  # of the groups have no spread of rewards, and so teach nothing
-SHORTER_THINKING = 0.5  # of its length in the first SUDDEN steps, for it can be short before WINDOW is over
-LOWER_ENTROPY = 0.1  # of its value at the start
-SUDDEN = 5  # steps in which a model can fall from reasoning to guessing, ...
-FORMAT_JUMP = 0.2  # ... while so many more of the completions come to be in the format
+WINDOW = 20  # steps; most alarms judge means over so many, because single steps are noise
+REPEAT = 100  # steps until an alarm that still holds is raised again
+FORMAT_RISE = 0.05  # an alarm: so many more of the completions earn the format rewards, while ...
+CORRECT_FALL = 0.3  # ... this share of the right answers is lost
+CUT_OFF = 0.2  # an alarm: more of the completions reach MAX_COMPLETION_TOKENS
+REPEATING = 0.1  # an alarm: more of the completions end in a repetition
+ZERO_VARIANCE = 0.8  # an alarm: in more of the groups all completions earn the same
+SHORTER_THINKING = 0.5  # an alarm: the thinking is shorter than this share of its length at the start
+FIRST_STEPS = 2  # what counts as the start of the thinking; a model can begin to guess within five steps
+LAST_STEPS = 5  # what counts as the thinking of today
+LOWER_ENTROPY = 0.1  # an alarm: less than this share of the entropy at the start
 
 
 def rolling(history: History, tag: str) -> list[float]:
@@ -95,49 +95,35 @@ def too_many_repeating(history: History) -> str | None:
     )
 
 
-def too_many_flat_groups(history: History) -> str | None:
-    """A group whose completions all earn the same has advantages of zero."""
-    flat, correct = rolling(history, "reward/flat_groups"), rolling(history, "correctness/correct")
-    if not flat or flat[-1] <= FLAT_GROUPS:
+def too_many_zero_variance_groups(history: History) -> str | None:
+    """In a group whose completions all earn the same every advantage is zero."""
+    share, correct = rolling(history, "reward/zero_variance_groups"), rolling(history, "correctness/correct")
+    if not share or share[-1] <= ZERO_VARIANCE:
         return None
     remedy = (
         "the questions have become too easy: stop here, or take harder ones"
         if correct and correct[-1] > 0.5
         else "raise COMPLETIONS_PER_QUESTION, take easier questions, or begin with a better model"
     )
-    return f"{flat[-1]:.0%} of the groups have no spread of rewards and teach nothing: {remedy}"
+    return f"{share[-1]:.0%} of the groups have no spread of rewards and teach nothing: {remedy}"
 
 
 def thinking_shrinks(history: History) -> str | None:
-    """The model stops reasoning, as it does where the rewards make short answers pay."""
-    length = [row["length/thinking"] for row in history if "length/thinking" in row]
-    if len(length) < WINDOW:
+    """The model stops reasoning, as it does where the rewards make short answers pay.
+
+    It can take five steps only: a real model that reasoned outside the format learned to guess in it.
+    """
+    rows = [row for row in history if "length/thinking" in row]
+    if len(rows) < FIRST_STEPS + LAST_STEPS:
         return None
-    first, last = fmean(length[:SUDDEN]), fmean(length[-WINDOW:])
+    parts = rows[:FIRST_STEPS], rows[-LAST_STEPS:]
+    first, last = (fmean(row["length/thinking"] for row in part) for part in parts)
     if last >= SHORTER_THINKING * first:
         return None
     return (
-        f"thinking shrank from {first:.0f} to {last:.0f} characters: read the samples; if the reasoning is "
-        "gone, stop, lower the learning rate or raise BETA, and look for what the rewards pay short answers"
-    )
-
-
-def guesses_instead(history: History) -> str | None:
-    """Within SUDDEN steps the format is learned and the thinking halves. Seen on a real model that reasoned outside the
-    format; the means over WINDOW steps never show it, since the first of them is already low."""
-    tags = ("format/soft_format", "format/hard_format")  # a completion earns one of the tutorial's two, not both
-    rows = [row for row in history if "length/thinking" in row and any(tag in row for tag in tags)][-SUDDEN:]
-    if len(rows) < SUDDEN:
-        return None
-    parts = (rows[:2], rows[-2:])
-    form = [fmean(max(row.get(tag, 0) for tag in tags) for row in part) for part in parts]
-    length = [fmean(row["length/thinking"] for row in part) for part in parts]
-    if form[1] < form[0] + FORMAT_JUMP or length[1] >= SHORTER_THINKING * length[0]:
-        return None
-    return (
-        f"within {SUDDEN} steps the format rose from {form[0]:.0%} to {form[1]:.0%} and thinking fell from "
-        f"{length[0]:.0f} to {length[1]:.0f} characters: it learns to guess in the format. Stop, and begin with a cold "
-        "start (make_traces.py --example, train_sft.py), which brings the model's own reasoning into the format"
+        f"thinking shrank from {first:.0f} to {last:.0f} characters: read the samples. If the reasoning is gone, stop, "
+        "and begin with a cold start (make_traces.py --example, train_sft.py), which brings the model's own reasoning "
+        "into the format; or lower the learning rate, raise BETA, or pay short answers less"
     )
 
 
@@ -156,21 +142,20 @@ ALARMS = [
     format_without_correctness,
     too_many_cut_off,
     too_many_repeating,
-    too_many_flat_groups,
+    too_many_zero_variance_groups,
     thinking_shrinks,
-    guesses_instead,
     entropy_collapsed,
 ]
 
 
-def not_finite(logs: dict, silent: Collection[str] = ()) -> str | None:
+def not_finite(logs: dict, unmeasured: Collection[str] = ()) -> str | None:
     """The one trouble that ends a run: after such a step the weights are spoilt.
 
     Args:
-        silent: rewards that applied to no completion of this step; TRL gives them no mean.
+        unmeasured: rewards that applied to no completion of this step; TRL gives them no mean.
     """
     rewards = (name for name in logs if name.startswith("rewards/") and name.endswith("/mean"))
-    watched = ["loss", "grad_norm", *(name for name in rewards if name.split("/")[1] not in silent)]
+    watched = ["loss", "grad_norm", *(name for name in rewards if name.split("/")[1] not in unmeasured)]
     bad = [name for name in watched if name in logs and (logs[name] is None or not math.isfinite(logs[name]))]
     if not bad:
         return None
@@ -254,17 +239,18 @@ def side_by_side(best: dict, worst: dict) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------- the callbacks
-class Watch(TrainerCallback):
+class RunMonitor(TrainerCallback):
     """Watches one run and writes what it sees to the console and to the run's folder: what all kinds of runs share.
 
-    A kind of run is a subclass with `say_step(row)`, the figures of a step in words, `speed()`, for results.json, and
-    `overview`, the curves that matter: title -> kind and tags, as SummaryWriter.add_custom_scalars takes them.
+    A kind of run is a subclass. It has `describe_step(row)`, the figures of a step in words, `speed()`, the figures of
+    speed for results.json, and `overview`, the curves that matter as SummaryWriter.add_custom_scalars takes them.
 
     Args:
         recipe: how often to look, at how many questions, and where to write.
         trainer: the run.
         rollout: whose sampler answers held-out questions.
-        test: held-out questions; a fixed sample of them is answered every EVAL_EVERY steps.
+        dev: development questions, which are not trained on. They are answered every EVAL_EVERY steps.
+        test: test questions. They are answered before and after the training only.
         begun: the step of the checkpoint that is being continued; 0 for a new run.
         history: the rows of an earlier start of this run, up to that step; none where its curves were deleted.
     """
@@ -274,15 +260,13 @@ class Watch(TrainerCallback):
         recipe: SimpleNamespace,
         trainer: Trainer,
         rollout: Rollout,
+        dev: Dataset,
         test: Dataset,
         begun: int,
         history: History,
     ) -> None:
         self.recipe, self.output = recipe, Path(recipe.OUTPUT_DIR)
-        self.trainer, self.rollout, self.test = trainer, rollout, test
-        # drawn once: every look, every run and every seed answers the same questions
-        order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
-        self.held_out = sorted(order[: recipe.EVAL_QUESTIONS].tolist())
+        self.trainer, self.rollout, self.dev, self.test = trainer, rollout, dev, test
         self.begun, self.history = begun, history
         self.board: SummaryWriter | None = None  # the main process has one
         if trainer.is_world_process_zero():
@@ -301,7 +285,7 @@ class Watch(TrainerCallback):
         precision = describe_precision(device, torch.bfloat16 if trainer.args.bf16 else None, recipe.BF16)
         print(
             f"model      {recipe.MODEL} ({f'LoRA rank {recipe.LORA_RANK}' if recipe.USE_LORA else 'all weights'})",
-            f"data       {data} {len(self.test)} test questions",
+            f"data       {data}, {len(self.dev)} development and {len(self.test)} test questions",
             f"device     {trainer.accelerator.num_processes} x {device_name(device)}, {precision}",
             f"each step  {each_step}",
             f"steps      {recipe.MAX_STEPS if recipe.MAX_STEPS > 0 else steps}",
@@ -310,31 +294,34 @@ class Watch(TrainerCallback):
             flush=True,
         )
 
-    def examine(self, title: str, step: int) -> tuple[dict, str]:
-        """Answer all test questions, in the main process, and the probe; returns the figures and that answer.
+    def measure_model(self, title: str, step: int) -> tuple[dict, str]:
+        """Answer all test questions, the development questions and the probe, in the main process.
 
-        The held-out sample is among them, so the same answers give its first and its last point.
+        Returns:
+            The figures of the test questions, and the answer to the probe.
         """
-        figures, rows = self.evaluate(self.test, title)
+        figures, _ = self.evaluate(self.test, title)
         print(f"{title:<11}{describe(figures)}", flush=True)
-        sample = summarize([rows[i] for i in self.held_out])
-        self.record_held_out(step, sample)
+        strict = self.measure_held_out(step)["strict"]
         if step > 0:
-            self.note_best(step, sample["strict"])
-        _, [probe] = self.evaluate({"prompt": [to_conversation(self.recipe.PROBE_QUESTION)], "answer": [None]})
+            self.note_best(step, strict)
+        _, [probe] = self.evaluate({"prompt": [to_prompt(self.recipe.PROBE_QUESTION)], "answer": [None]})
         return figures, probe["completion"]
+
+    def measure_held_out(self, step: int) -> dict:
+        """Answer the development questions, and add a point to the held-out curves."""
+        figures, _ = self.evaluate(self.dev)
+        print(f"held-out   {describe(figures)}", flush=True)
+        low, high = figures["strict_ci95"]
+        shown = figures | {"strict_low": low, "strict_high": high}
+        self.record(step, {f"heldout/{k}": v for k, v in shown.items() if k not in ("n", "strict_ci95")})
+        return figures
 
     def evaluate(self, questions: Dataset | dict, title: str | None = None) -> tuple[dict, list[dict]]:
         """`accuracy.evaluate` of the model as it is now."""
         recipe, sampler = self.recipe, self.rollout.sampler(self.trainer)
         tokenizer = self.trainer.processing_class
         return evaluate(sampler, tokenizer, questions, recipe.MAX_COMPLETION_TOKENS, recipe.EVAL_BATCH, title)
-
-    def record_held_out(self, step: int, figures: dict) -> None:
-        """Add a point to the held-out curves."""
-        low, high = figures["strict_ci95"]
-        shown = figures | {"strict_low": low, "strict_high": high}
-        self.record(step, {f"heldout/{k}": v for k, v in shown.items() if k not in ("n", "strict_ci95")})
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         state.compute_steps(args, state.max_steps)  # the state of a checkpoint brings its own SAVE_EVERY
@@ -353,7 +340,7 @@ class Watch(TrainerCallback):
         """Called at the end of a step, before its checkpoint is saved, with the same figures in every process."""
         if "loss" not in logs:  # the closing totals
             return
-        if trouble := not_finite(logs, self.silent()):
+        if trouble := not_finite(logs, self.unmeasured()):
             if self.board:
                 self.write(self.board.add_text, "alarm/not_finite", preformatted(trouble), state.global_step)
             raise UserError(f"step {state.global_step}: {trouble}")
@@ -361,17 +348,13 @@ class Watch(TrainerCallback):
             self.record(state.global_step, self.measure(logs))
             self.print_step(state.max_steps)
         if self.due:
-            figures = None
-            if self.board:
-                figures, _ = self.evaluate(self.test.select(self.held_out))
-                print(f"held-out   {describe(figures)}", flush=True)
-                self.record_held_out(state.global_step, figures)
+            figures = self.measure_held_out(state.global_step) if self.board else None
             control.should_save |= self.note_best(state.global_step, broadcast_object_list([figures])[0]["strict"])
         if self.board:
             self.show_more(state.global_step)
             self.write(self.board.flush)  # a killed run keeps its curves
 
-    def silent(self) -> list[str]:
+    def unmeasured(self) -> list[str]:
         """The rewards that applied to nothing in this step."""
         return []
 
@@ -407,7 +390,7 @@ class Watch(TrainerCallback):
         left = row["speed/train_seconds"] / timed * (max_steps - row["step"])
         print(
             f"step {row['step']:>{len(str(max_steps))}}/{max_steps}"
-            f"  {self.say_step(row)}"
+            f"  {self.describe_step(row)}"
             f"  {row['speed/step_seconds']:.1f} s"
             f"  left {timedelta(seconds=round(left))}",
             flush=True,
@@ -446,11 +429,11 @@ class Watch(TrainerCallback):
                 before, after = (extract_answer(value[when]) or "no answer" for when in ("before", "after"))
                 value = f"{value['question']}: {before} before, {after} after"
             elif name == "best" and value["step"]:
-                value = f"checkpoint-{value['step']}, strict {value['strict']:.1%} of the held-out sample"
+                value = f"checkpoint-{value['step']}, strict {value['strict']:.1%} of the development questions"
             print(f"{name + ':':<29}{value}")
 
 
-class Monitor(Watch):
+class Monitor(RunMonitor):
     """Watches a run of train_grpo.py: the rewards besides, samples and alarms."""
 
     overview = {
@@ -458,7 +441,7 @@ class Monitor(Watch):
         "right answers among the samples": ["Multiline", ["correctness/correct"]],
         "held-out accuracy": HELD_OUT,
         "tokens of an answer": ["Multiline", ["length/mean"]],
-        "answers cut off, groups without spread": ["Multiline", ["length/cut_off", "reward/flat_groups"]],
+        "answers cut off, groups without spread": ["Multiline", ["length/cut_off", "reward/zero_variance_groups"]],
         "entropy": ["Multiline", ["training/entropy"]],
     }
 
@@ -473,7 +456,7 @@ class Monitor(Watch):
         recipe, train = self.recipe, len(self.trainer.train_dataset)
         self.print_plan(
             f"{recipe.DATASET}: {train} training questions ({dropped} longer than {recipe.MAX_PROMPT_TOKENS} tokens "
-            "dropped),",
+            "dropped)",
             f"{recipe.QUESTIONS_PER_STEP} questions x {recipe.COMPLETIONS_PER_QUESTION} completions",
             math.ceil(recipe.EPOCHS * (train // recipe.QUESTIONS_PER_STEP)),
         )
@@ -481,7 +464,7 @@ class Monitor(Watch):
             unlabelled = sum(label is None for label in self.trainer.train_dataset["answer"])
             print(f"judged by  {recipe.REWARD_MODEL}: {unlabelled} training questions without a label", flush=True)
 
-    def silent(self) -> list[str]:
+    def unmeasured(self) -> list[str]:
         """With a reward model, the rules on numbers where no question has a label, and the model where all have one."""
         if not self.recipe.REWARD_MODEL:
             return []
@@ -508,14 +491,14 @@ class Monitor(Watch):
         totals = [sum(w * r for w, r in zip(weights, row, strict=True) if not math.isnan(r)) for row in by_row]
         size = self.trainer.num_generations
         groups = [totals[start : start + size] for start in range(0, len(totals), size)]
-        figures["reward/flat_groups"] = fmean(max(group) - min(group) < 1e-6 for group in groups)
+        figures["reward/zero_variance_groups"] = fmean(max(group) - min(group) < 1e-6 for group in groups)
         texts = [message["content"] for [message] in batch["completion"]]
         figures["length/thinking"] = fmean(len(thinking_of(text)) for text in texts)
         figures["length/repeating"] = fmean(map(repeats_itself, texts))
         figures["speed/generated_tokens_per_second"] = self.rollout.tokens / max(self.rollout.seconds, 1e-9)
         return figures
 
-    def say_step(self, row: dict[str, float]) -> str:
+    def describe_step(self, row: dict[str, float]) -> str:
         correct = f"{row['correctness/correct']:4.0%}" if "correctness/correct" in row else "   -"
         return (
             f"reward {row['reward/total']:.3f}"
@@ -523,7 +506,7 @@ class Monitor(Watch):
             f"  format {row['format/soft_format']:4.0%}"
             f"  length {row['length/mean']:4.0f}"
             f"  cut off {row['length/cut_off']:4.0%}"
-            f"  no spread {row['reward/flat_groups']:4.0%}"
+            f"  no spread {row['reward/zero_variance_groups']:4.0%}"
         )
 
     def speed(self) -> dict:
@@ -580,7 +563,7 @@ class Monitor(Watch):
                 self.write(self.board.add_text, f"alarm/{check.__name__}", preformatted(message), step)
 
 
-class SftMonitor(Watch):
+class SftMonitor(RunMonitor):
     """Watches a run of train_sft.py."""
 
     overview = {
@@ -597,14 +580,14 @@ class SftMonitor(Watch):
         """The plan of the run; `what` it learns, in words."""
         recipe, rows = self.recipe, len(self.trainer.train_dataset)
         steps = math.ceil(recipe.EPOCHS * math.ceil(rows / recipe.ROWS_PER_STEP))
-        self.print_plan(f"{what}; {recipe.DATASET}:", f"{recipe.ROWS_PER_STEP} rows", steps)
+        self.print_plan(f"{what}; {recipe.DATASET}", f"{recipe.ROWS_PER_STEP} rows", steps)
 
     def measure(self, logs: dict) -> dict[str, float]:
         """What TRL logged for this step, and the tokens trained on."""
         new, self.tokens = logs["num_tokens"] - self.tokens, logs["num_tokens"]
         return super().measure(logs) | {"speed/trained_tokens_per_second": new / self.step_seconds}
 
-    def say_step(self, row: dict[str, float]) -> str:
+    def describe_step(self, row: dict[str, float]) -> str:
         return (
             f"loss {row['training/loss']:.4f}"
             f"  tokens right {row['training/token_accuracy']:4.0%}"

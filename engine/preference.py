@@ -18,7 +18,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from engine.console import UserError
-from engine.models import encode, load_reward_model
+from engine.models import check_positions, load_reward_model
+from engine.templates import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,13 +36,8 @@ def load_preference(recipe: SimpleNamespace, device: torch.device, dtype: torch.
     """
     model, tokenizer = load_reward_model(recipe.REWARD_MODEL, dtype)
     model.to(device).eval()
-    tokens = recipe.MAX_PROMPT_TOKENS + recipe.MAX_COMPLETION_TOKENS
-    if getattr(model.config, "max_position_embeddings", tokens) < tokens:
-        raise UserError(
-            f"REWARD_MODEL {recipe.REWARD_MODEL!r} reads at most {model.config.max_position_embeddings} tokens, and a "
-            f"question and its answer may have MAX_PROMPT_TOKENS {recipe.MAX_PROMPT_TOKENS} + MAX_COMPLETION_TOKENS "
-            f"{recipe.MAX_COMPLETION_TOKENS}; lower these, or name another"
-        )
+    limits = {name: getattr(recipe, name) for name in ("MAX_PROMPT_TOKENS", "MAX_COMPLETION_TOKENS")}
+    check_positions(model, f"REWARD_MODEL {recipe.REWARD_MODEL!r}", **limits)
 
     def preference_reward(
         prompts: list[list[dict]], completions: list[list[dict]], answer: list[int | None], **kwargs

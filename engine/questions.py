@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,41 +12,20 @@ from engine.console import UserError, note, refuse_missing_folder
 from engine.numbers import is_label
 
 if TYPE_CHECKING:  # imported where it is used: `--help` and the one-line errors need no second to start
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
 
+READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # of files, by their ending
+TEST_SHARE = 0.1  # of a single file's rows, its last ones, are the test split
 LARGEST_ANSWER = 10**15  # beyond it a label that some reader made a float is no longer exact
 
 
-def to_conversation(question: str, system: str | None = None, example: list[dict] | None = None) -> list[dict]:
-    """The messages sent for one question. A plain string would get no chat template in TRL and never stop.
+def to_prompt(question: str, system: str | None = None) -> list[dict]:
+    """The messages for one question. Without `system` the model's chat template adds the prompt of its training.
 
-    Args:
-        system: in the place of SYSTEM_PROMPT.
-        example: turns in the place of EXAMPLE.
+    A plain string would get no chat template in TRL, and its answers would never end.
     """
-    system = prompts.SYSTEM_PROMPT if system is None else system
-    example = prompts.EXAMPLE if example is None else example
-    return [{"role": "system", "content": system}, *example, {"role": "user", "content": question}]
-
-
-def prompt_of(trained: dict) -> dict:
-    """`system` and `example` of `to_conversation`, as a model was trained; None, this file's, where that is not known.
-
-    Args:
-        trained: its recipe.json; {} where there is none.
-    """
-    return {"system": trained.get("SYSTEM_PROMPT"), "example": trained.get("EXAMPLE")}
-
-
-def check_prompt(trained: dict) -> None:
-    """Say in a line where a model was trained under another prompt than this file has: it is asked under its own.
-
-    Args:
-        trained: its recipe.json; {} where there is none.
-    """
-    for name, value in {"SYSTEM_PROMPT": prompts.SYSTEM_PROMPT, "EXAMPLE": prompts.EXAMPLE}.items():
-        if trained.get(name, value) != value:
-            note(f"this model is asked under the {name} of its training; prompts.py has another one by now")
+    before = [{"role": "system", "content": system}] if system is not None else []
+    return [*before, {"role": "user", "content": question}]
 
 
 def to_row(question: str, answer: int) -> dict:
@@ -52,31 +33,124 @@ def to_row(question: str, answer: int) -> dict:
     return {prompts.QUESTION_COLUMN: question, prompts.ANSWER_COLUMN: answer}
 
 
-def read_split(dataset: str, split: str) -> Dataset:
-    """One split of a hub id or of a local folder (save_to_disk, parquet, JSON lines). Raises UserError."""
-    from datasets import DatasetDict, disable_progress_bars, load_dataset, load_from_disk
+def read_splits(dataset: str) -> dict[str, Dataset]:
+    """The splits of a hub id, of a local folder (save_to_disk, parquet, JSON lines, CSV) or of a single file.
+
+    What exists here is read as what it is, whatever its name. The last tenth of a single file is its `test` split and
+    the rest `train`, for every script: what is trained on a file is measured on other questions.
+
+    Raises:
+        UserError: a data set that cannot be read.
+    """
+    from datasets import DatasetDict, disable_progress_bars, logging
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
     refuse_missing_folder(dataset, "the data set")
-    disable_progress_bars()  # of reading and filtering, which take a moment; a download still shows its own
-    folder = Path(dataset)
-    saved = any((folder / name).exists() for name in ("dataset_dict.json", "state.json"))
+    path = Path(dataset)
+    if path.is_file() and path.suffix.lower() not in READERS:
+        raise UserError(f"the data set {dataset!r} is no {', '.join(READERS)} file and no folder; pass one of these")
+    if not path.exists() and (path.suffix.lower() in READERS or dataset in _PACKAGED_DATASETS_MODULES):
+        raise UserError(f"the data set: there is no file or folder {dataset!r}; mend the path, or pass a hub id")
+    disable_progress_bars()  # reading and filtering take a moment; a download still shows its own
+    logging.set_verbosity(logging.CRITICAL)  # what a reader logs about an error is said below
     try:
-        data = load_from_disk(dataset) if saved else load_dataset(dataset)
+        data = read_all(path) if path.exists() else read_configuration(dataset)
+        if path.is_file():
+            data = data.train_test_split(test_size=TEST_SHARE, shuffle=False)
+        splits = dict(data) if isinstance(data, DatasetDict) else {}
+        for rows in splits.values():
+            rows[:]  # JSON lines that are not UTF-8 raise here and no sooner
+    except UserError:
+        raise
     except Exception as error:  # the hub's and the readers' errors have no common base class
-        where = "folder" if folder.is_dir() else "hub id"
+        where, fault, remedy = "folder" if path.is_dir() else "file", fault_in(path, error), "Mend it there"
+        if not path.exists():
+            where, remedy = "hub id", "Set HF_ENDPOINT=https://hf-mirror.com where the hub is unreachable"
         raise UserError(
-            f"cannot load the data set {dataset!r} ({where}): {type(error).__name__}: {str(error).rstrip('.')}. "
-            "Pass a local folder with --dataset, or set HF_ENDPOINT=https://hf-mirror.com where the hub is unreachable"
+            f"cannot load the data set {dataset!r} ({where}): {fault}. {remedy}, or pass a local folder with --dataset"
         ) from error
-    if not isinstance(data, DatasetDict) or split not in data:
-        has = ", ".join(data) if isinstance(data, DatasetDict) else "no named splits"
+    return splits
+
+
+def read_split(dataset: str, split: str) -> Dataset:
+    """One of the splits. Raises UserError where there is none of that name."""
+    splits = read_splits(dataset)
+    if split not in splits:
+        has = ", ".join(splits) or "no named splits"
         raise UserError(f"the data set {dataset!r} has no split {split!r} (it has: {has}); it needs 'train' and 'test'")
-    return data[split]
+    if Path(dataset).is_file():
+        count, part = sum(map(len, splits.values())), "last" if split == "test" else "first"
+        note(
+            f"{dataset!r} is a single file: its {part} {len(splits[split])} of {count} rows are its {split} split; "
+            "pass a folder with a train and a test file to split them otherwise"
+        )
+    return splits[split]
 
 
-def load_questions(
-    dataset: str, split: str, unlabelled: bool = False, system: str | None = None, example: list[dict] | None = None
-) -> Dataset:
+def read_all(path: Path) -> Dataset | DatasetDict:
+    """All splits of a folder, or the rows of a file; parsed anew each time, for the readers' cache goes by dates."""
+    from datasets import load_dataset, load_from_disk
+    from datasets.data_files import get_data_patterns
+
+    if any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
+        return load_from_disk(path)
+    whole = str(path.resolve())  # `json` alone would be the reader of that name, over the working directory
+    literal = glob.escape(whole)  # the readers take what they get for a pattern
+    with tempfile.TemporaryDirectory() as cache:
+        options = {"cache_dir": cache, "keep_in_memory": True}
+        if path.is_file():
+            return load_dataset(READERS[path.suffix.lower()], data_files=literal, split="train", **options)
+        if literal != whole:
+            found = get_data_patterns(literal).items()
+            options["data_files"] = {split: [f"{literal}/{each}" for each in patterns] for split, patterns in found}
+        return read_configuration(whole, **options)
+
+
+def read_configuration(name: str, **options) -> Dataset | DatasetDict:
+    """All splits of a hub id or a folder; of several configurations without a default the one called `main`."""
+    from datasets import get_dataset_config_names, load_dataset
+
+    try:
+        return load_dataset(name, **options)
+    except ValueError as error:
+        if "Config name is missing" not in str(error):
+            raise
+        names = get_dataset_config_names(name)
+        said = f"the data set {name!r} has the configurations {', '.join(names)}"
+        if "main" not in names:
+            save = f"load_dataset({name!r}, {names[0]!r}).save_to_disk(FOLDER)"
+            raise UserError(f"{said}, none called 'main'; save one by {save} and pass that folder") from error
+        note(f"{said}: 'main' is read")
+        return load_dataset(name, "main", **options)
+
+
+def fault_in(path: Path, error: BaseException) -> str:
+    """What an error of the readers says, and of which local file it does, or in what its files differ."""
+    from datasets.exceptions import DatasetGenerationError
+
+    chain = [error]
+    while inside := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(inside)
+    told = next((each for each in chain if not isinstance(each, DatasetGenerationError)), error)
+    said = f"{type(told).__name__}: {str(told).rstrip('.')}"
+    if any(isinstance(each, UnicodeDecodeError) for each in chain):
+        said = f"it is not UTF-8, save it as that ({said})"
+    columns: dict[str, str] = {}
+    for file in sorted(each for each in path.rglob("*") if each.suffix.lower() in READERS):  # none of a hub id
+        try:
+            rows = read_all(file)
+            rows[:]
+            kinds = {name: getattr(kind, "dtype", "nested") for name, kind in rows.features.items()}
+            columns.setdefault(str(kinds), file.name)
+        except Exception as fault:
+            if fault_in(file, fault) == said:
+                return f"{file.name}: {said}"
+    if told is not error and len(columns) > 1:
+        return f"its files differ: {', '.join(f'{name} has {kinds}' for kinds, name in columns.items())}"
+    return said
+
+
+def load_questions(dataset: str, split: str, unlabelled: bool = False) -> Dataset:
     """A checked split with the columns `prompt` (messages) and `answer` (int), each question once.
 
     A repeated row is dropped. Where labels of one question differ, at most one can be right and nobody knows which:
@@ -84,7 +158,6 @@ def load_questions(
 
     Args:
         unlabelled: take rows without a label too; their `answer` is None and their system prompt OPEN_SYSTEM_PROMPT.
-        system: as in `to_conversation`, of rows with a label; so is `example`.
 
     Raises:
         UserError: an unreadable data set, a missing split or column, an empty split, a row without a question
@@ -93,6 +166,9 @@ def load_questions(
     from datasets import Dataset
 
     rows = read_split(dataset, split)
+    tidy = {name: name.replace("\ufeff", "").strip() for name in rows.column_names}  # of a CSV's header
+    if len(set(tidy.values())) == len(tidy):
+        rows = rows.rename_columns(tidy)
     question_column, answer_column = prompts.QUESTION_COLUMN, prompts.ANSWER_COLUMN
     where = f"the data set {dataset!r}, split {split!r}"
     for column in (question_column, answer_column):
@@ -124,10 +200,39 @@ def load_questions(
     kept = {question: label for question, label in labels.items() if question not in contradicted}
     if not kept:
         raise UserError(f"{where} has no usable row; pass another --dataset")
-    conversations = [
-        to_conversation(question, prompts.OPEN_SYSTEM_PROMPT, [])
-        if label is None
-        else to_conversation(question, system, example)
-        for question, label in kept.items()
-    ]
-    return Dataset.from_dict({"prompt": conversations, "answer": list(kept.values())})
+    asked = [to_prompt(question, prompts.OPEN_SYSTEM_PROMPT if kept[question] is None else None) for question in kept]
+    return Dataset.from_dict({"prompt": asked, "answer": list(kept.values())})
+
+
+def pairs_of(questions: Dataset) -> list[tuple[str, int | None]]:
+    """The question and the label of each row of `load_questions`."""
+    asked = (prompt[-1]["content"] for prompt in questions["prompt"])
+    return list(zip(asked, questions["answer"], strict=True))
+
+
+def load_splits(dataset: str, dev: int, unlabelled: bool = False) -> tuple[Dataset, Dataset, Dataset]:
+    """The questions to train on, the development questions, and the test questions, as `load_questions` gives them.
+
+    The development questions are the split `validation` where there is one. Else they are the last `dev` questions of
+    `train` that have a label, but at most a fifth of these. What is trained on is asked in no other split.
+
+    Raises:
+        UserError: as in `load_questions`, or there are no questions left to train on or to develop with.
+    """
+    train, test = load_questions(dataset, "train", unlabelled), load_questions(dataset, "test")
+    if "validation" in read_splits(dataset):
+        dev_set = load_questions(dataset, "validation")
+    else:
+        labelled = [index for index, label in enumerate(train["answer"]) if label is not None]
+        dev_set = train.select(labelled[len(labelled) - min(dev, len(labelled) // 5) :])
+    held_out, tested = ({question for question, _ in pairs_of(rows)} for rows in (dev_set, test))
+    asked = [question for question, _ in pairs_of(train)]
+    if shared := [question for question in asked if question in tested]:
+        note(f"{len(shared)} training questions dropped that the test split asks too, the first is {shared[0]!r}")
+    kept = [index for index, question in enumerate(asked) if question not in held_out | tested]
+    if not kept or not len(dev_set):
+        raise UserError(
+            f"the data set {dataset!r} has {len(kept)} training questions that the test split does not ask, and "
+            f"{len(dev_set)} development questions, a fifth of them; give it more, or pass another --dataset"
+        )
+    return train.select(kept), dev_set, test

@@ -15,6 +15,7 @@ autocast, casts every weight again for every token. Here instead
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import time
@@ -26,7 +27,8 @@ from peft.tuners.lora import LoraLayer
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.console import first_line, note
-from engine.models import encode
+from engine.models import check_positions
+from engine.templates import encode
 
 if TYPE_CHECKING:  # chat and evaluation need not wait for it
     from transformers import Trainer, TrainingArguments
@@ -94,10 +96,16 @@ def _cut(row: list[int], eos: list[int]) -> list[int]:
     return row[: next((i + 1 for i, token in enumerate(row) if token in eos), len(row))]
 
 
-def _free_share(device: torch.device) -> float:
-    """The share of a card that can still be had: what nobody holds, and what PyTorch holds without using it."""
+def _free_share(device: torch.device, spoken_for: int) -> float:
+    """The share of a card that can still be had: what nobody holds or PyTorch holds unused, less `spoken_for` bytes."""
     free, total = torch.cuda.mem_get_info(device)
-    return (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) / total
+    return (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) - spoken_for) / total
+
+
+def _bytes_to_come(trainer: Trainer) -> int:
+    """What the next optimizer step adds to what is held: gradients, and before the first one Adam's two moments too."""
+    trained = sum(weight.nbytes for weight in trainer.model.parameters() if weight.requires_grad)
+    return trained if getattr(trainer.optimizer, "state", None) else 3 * trained
 
 
 @functools.cache
@@ -188,6 +196,7 @@ class Sampler:
     ):
         self.model, self.autocast = model, autocast
         self.use_graph = True  # on CUDA one captured step is replayed, where its kernels would be launched one by one
+        self.to_come: Callable[[], int] | None = None  # bytes that training is yet to take; None where nothing trains
         self.eos, self._pad = _eos_ids(model, tokenizer), tokenizer.pad_token_id
         self._layout: tuple[list, list] | None = None  # of the model, when the shadow was built
 
@@ -205,8 +214,10 @@ class Sampler:
         if not prompt_ids:
             return []
         *_, completions = self._decode(prompt_ids, max_new_tokens, temperature, on_finished)
-        if self.batch is not None and _free_share(self.device) < 0.25:
-            self.batch, self.graphs = None, {}  # training needs the room, and a new capture but a fraction of a second
+        if self.batch is not None and self.to_come is not None:
+            pooled = sum(graph.pooled for graph in self.graphs.values())
+            if _free_share(self.device, self.to_come() + pooled) < 0.25:
+                self.batch, self.graphs = None, {}  # training needs the room, a new capture but a fraction of a second
         return [_cut(row, self.eos) for row in completions.tolist()]
 
     def stream(self, prompt_ids: list[int], max_new_tokens: int, temperature: float = 0.0) -> Iterator[int]:
@@ -270,8 +281,9 @@ class Sampler:
         on_finished: Callable[[int], None] | None = None,
     ) -> Iterator[torch.Tensor]:
         """After every token the completions so far, (rows, tokens); a row that has ended holds anything after that."""
-        self._refresh()
         rows, width = len(prompt_ids), max(map(len, prompt_ids))
+        check_positions(self.model, "the model", prompt=width, MAX_COMPLETION_TOKENS=new)
+        self._refresh()
         batch = self._make_batch(rows, width + new)
         batch.greedy = temperature == 0
         batch.temperature.fill_(temperature)
@@ -391,6 +403,7 @@ class Sampler:
     def _capture(self, batch: Batch) -> torch.cuda.CUDAGraph:
         before, side = torch.cuda.current_stream(self.device), _side_stream(self.device)
         pool = next((graph.pool() for graph in self.graphs.values()), None)  # one for all: they never run side by side
+        pool = pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.random.fork_rng([self.device]):  # a resumed run captures at another time and must draw the same
             try:
@@ -401,7 +414,15 @@ class Sampler:
                 before.wait_stream(side)
                 # thread_local: NCCL's own thread may go on
                 with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                    reserved = torch.cuda.memory_reserved(self.device)
                     self.step(batch)
+                graph.pooled = torch.cuda.memory_reserved(self.device) - reserved  # bytes that nothing else can use
+            except RuntimeError:
+                # PyTorch's allocator goes on as if capturing and would no longer free its cache where memory runs out
+                with contextlib.suppress(RuntimeError):  # the pool was not begun, or PyTorch has ended it
+                    torch._C._cuda_endAllocateToPool(self.device.index, pool)
+                    torch._C._cuda_releasePool(self.device.index, pool)
+                raise
             finally:
                 torch.cuda.set_stream(before)  # PyTorch itself stays on the side stream where a capture fails
         return graph
@@ -437,6 +458,7 @@ class PlainSampler:
             use_cache=True,
         )
         device, width = self.model.device, max(map(len, prompt_ids))
+        check_positions(self.model, "the model", prompt=width, MAX_COMPLETION_TOKENS=max_new_tokens)
         tokens = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompt_ids], device=device)
         pads = torch.tensor([[width - len(prompt)] for prompt in prompt_ids], device=device)
         mask = (torch.arange(width, device=device) >= pads).long()
@@ -535,7 +557,9 @@ class Rollout:
         autocast = torch.bfloat16 if args.bf16 else None
         if not self.fast:
             return PlainSampler(model, trainer.processing_class, autocast)
-        return make_sampler(model, trainer.processing_class, autocast, args)
+        sampler = make_sampler(model, trainer.processing_class, autocast, args)
+        sampler.to_come = functools.partial(_bytes_to_come, trainer)
+        return sampler
 
     def __call__(self, prompts: list, trainer: GRPOTrainer) -> dict[str, list | None]:
         """One completion for each of `prompts`, which come repeated, `num_generations` times each."""

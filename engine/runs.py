@@ -13,15 +13,20 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from engine import constants, demo, pretraining
-from engine.console import UserError, refuse_missing_folder
+from engine.console import UserError, note, refuse_missing_folder
+from engine.fingerprints import fingerprint_rows, fingerprint_weights
+from engine.folder import lock
+from engine.questions import pairs_of
+from engine.templates import prompt_of
 
 if TYPE_CHECKING:  # imported where they are used: `--help` and the one-line errors need no seconds to start
     import torch
     from accelerate import PartialState
+    from datasets import Dataset
     from peft import LoraConfig
     from transformers import PreTrainedModel
 
-    from engine.monitor import Watch
+    from engine.monitor import RunMonitor
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # before any of these libraries is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warning about forks helps nobody here
@@ -56,6 +61,8 @@ def make_recipe(
 ) -> SimpleNamespace:
     """The constants of this run: the script's, the demo's where it is the demo, those given to `main`, the flags.
 
+    A model that carries a prompt is asked under that one, whatever prompts.py says.
+
     Raises:
         UserError: `given` names a constant that there is not.
     """
@@ -67,7 +74,17 @@ def make_recipe(
         model, dataset = demo.folders(Path(output, "base"))
         changes = {"MODEL": model, "DATASET": dataset} | demo_changes
         changes = {name: value for name, value in changes.items() if name in defaults}
-    return constants.make_recipe(defaults, changes, given, by_flag)
+    recipe = constants.make_recipe(defaults, changes, given, by_flag)
+    turns = prompt_of(recipe.MODEL, untrained=prompt_turns(recipe))
+    if turns != prompt_turns(recipe):
+        note(f"{recipe.MODEL!r} is asked under the prompt of its training; prompts.py has another one")
+        recipe.SYSTEM_PROMPT, recipe.EXAMPLE = turns[0]["content"], turns[1:]
+    return recipe
+
+
+def prompt_turns(recipe: SimpleNamespace) -> list[dict]:
+    """The turns before a question, for a model that carries none."""
+    return [{"role": "system", "content": recipe.SYSTEM_PROMPT}, *recipe.EXAMPLE]
 
 
 def check_folders(recipe: SimpleNamespace, is_demo: bool) -> None:
@@ -115,18 +132,20 @@ def lora_config(recipe: SimpleNamespace, model: PreTrainedModel) -> LoraConfig |
     """The LoRA constants under PEFT's names; None where all weights are trained.
 
     Raises:
-        UserError: LORA_MODULES names a module that `model` does not have.
+        UserError: LORA_MODULES names a module that `model` does not have below its head.
     """
     if not recipe.USE_LORA:
         return None
     import torch
     from peft import LoraConfig
 
-    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    there = sorted({name.split(".")[-1] for name in linear})
+    head = model.get_output_embeddings()  # TRL uses the weight of the head by itself, without an adapter
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    there = sorted({name.split(".")[-1] for name, module in linear.items() if module is not head})
     for name in recipe.LORA_MODULES:
         if name not in there:
-            raise UserError(f"LORA_MODULES: this model has no {name!r} (it has: {', '.join(there)}); mend the list")
+            has = ", ".join(there)
+            raise UserError(f"LORA_MODULES: this model has no {name!r} below its head (it has: {has}); mend the list")
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=recipe.LORA_RANK,
@@ -183,6 +202,44 @@ def start_processes(flags: argparse.Namespace, bf16: bool) -> tuple[PartialState
 
 
 # ------------------------------------------------------------------------------------------------------ the run
+def open_output(flags: argparse.Namespace, recipe: SimpleNamespace, state: PartialState) -> Path | None:
+    """Lock the output folder for this run, find the checkpoint that it continues, and make what the demo needs.
+
+    Returns:
+        The checkpoint; None for a new run.
+
+    Raises:
+        UserError: as in `folder.lock` and `checkpoints.find`.
+    """
+    from engine import checkpoints
+
+    output = Path(recipe.OUTPUT_DIR)
+    with state.main_process_first():
+        if state.is_main_process and (output.exists() or not flags.resume):  # no folder is made to be refused
+            lock(output)
+        checkpoint = checkpoints.find(output, recipe, flags.resume)
+        if flags.demo:
+            pretraining.provide(output / "base", recipe.MODEL, recipe.DATASET)
+    return checkpoint
+
+
+def record_inputs(recipe: SimpleNamespace, checkpoint: Path | None, **questions: Dataset) -> None:
+    """Note in the recipe what the model and the questions contain, as `MODEL_READ`, `TRAIN_READ` and so on.
+
+    Raises:
+        UserError: the run is resumed from `checkpoint`, and cannot go on with what they contain today.
+    """
+    from engine import checkpoints
+
+    for name, rows in questions.items():
+        setattr(recipe, f"{name}_READ", fingerprint_rows(pairs_of(rows)))
+    recipe.MODEL_READ = fingerprint_weights(recipe.MODEL)
+    if getattr(recipe, "REWARD_MODEL", ""):
+        recipe.REWARD_MODEL_READ = fingerprint_weights(recipe.REWARD_MODEL)
+    if checkpoint:
+        checkpoints.refuse_unfit(checkpoint.parent, recipe)
+
+
 # What frees memory, the cheapest first. Only the constants that a recipe has are offered.
 FREES_MEMORY = {
     "MICRO_BATCH": "lower MICRO_BATCH (the step stays the same)",
@@ -195,7 +252,7 @@ FREES_MEMORY = {
 }
 
 
-def train_and_measure(monitor: Watch, results: dict, checkpoint: Path | None) -> None:
+def train_and_measure(monitor: RunMonitor, results: dict, checkpoint: Path | None) -> None:
     """Measure the model, train it, save it, measure it again. However this ends, the curves are drawn.
 
     Args:
@@ -219,7 +276,7 @@ def train_and_measure(monitor: Watch, results: dict, checkpoint: Path | None) ->
         # ---- before
         if main_process:
             if "before" not in results:
-                before, text = monitor.examine("before", step=0)
+                before, text = monitor.measure_model("before", step=0)
                 results = {"model": recipe.MODEL, "dataset": recipe.DATASET, "seed": recipe.SEED, "before": before}
                 results["probe"] = {"question": recipe.PROBE_QUESTION, "before": text}
             checkpoints.write_json(output / "results.json", results | {"finished": False})
@@ -233,7 +290,7 @@ def train_and_measure(monitor: Watch, results: dict, checkpoint: Path | None) ->
         # ---- save, after
         checkpoints.save_trained(trainer, output, recipe.MAX_COMPLETION_TOKENS)
         if main_process:
-            results["after"], results["probe"]["after"] = monitor.examine("after", trainer.state.global_step)
+            results["after"], results["probe"]["after"] = monitor.measure_model("after", trainer.state.global_step)
             results |= monitor.results() | {"finished": True}
             checkpoints.write_json(output / "results.json", results)
             checkpoints.write_text(output / "README.md", model_card(checkpoints.describe_recipe(recipe), results))

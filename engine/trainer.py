@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType, gather_object
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from trl import GRPOTrainer, SFTTrainer
+from trl.trainer.utils import RepeatSampler
 
 from engine.checkpoints import attempt, checkpoint_bytes, list_checkpoints, open_weights, publish, rotate
 from engine.console import UserError
@@ -85,6 +86,7 @@ class WholeCheckpoints:
             if free < needed:
                 raise OSError(f"{free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed")
         self.save_model(str(folder), _internal_call=True)
+        self.accelerator.unwrap_model(self.model).generation_config.save_pretrained(folder)  # an adapter comes without
         self._save_optimizer_and_scheduler(str(folder))
         self._save_scaler(str(folder))
         self._save_rng_state(str(folder))
@@ -122,8 +124,22 @@ class CarefulTrainer(WholeCheckpoints, GRPOTrainer):
     - sort: rows of like length come into one micro batch;
     - skip: a completion whose advantage is 0, as in a group of equal rewards, has no gradient and is not run.
 
-    There is no public way to do this, so three private methods of TRL are overridden.
+    There is no public way to do this, so three private methods of TRL are overridden. A fourth makes the order of the
+    questions in each pass the same whether the run was resumed or not.
     """
+
+    def _get_train_sampler(self, dataset=None) -> RepeatSampler:
+        self._question_sampler = super()._get_train_sampler(dataset)
+        return self._question_sampler
+
+    def _run_epoch(self, epoch: int, **kwargs) -> None:
+        # The sampler draws one order after the other from a generator that a resumed process starts again at the first.
+        # It gets no `set_epoch`: accelerate does not reach it on several processes once batches are skipped.
+        if (sampler := self._question_sampler).shuffle:
+            sampler.generator.manual_seed(sampler.seed)
+            for _ in range(epoch):
+                torch.randperm(sampler.num_samples, generator=sampler.generator)
+        super()._run_epoch(epoch=epoch, **kwargs)
 
     def _get_per_token_logps_and_entropies(
         self,

@@ -3,7 +3,7 @@
     python studies/average_models.py output/grpo-7 output/grpo-8 --output output/mean
 
 One model, no slower than each ("model soups", arXiv 2203.05482; of GRPO's kind of training: WARP, arXiv 2406.16768).
-What it did on a real model stands in docs/results.md. Chat and evaluation ask it as the first one was asked.
+What it did on a real model stands in docs/results.md. Its chat template carries the first one's prompt.
 """
 
 import argparse
@@ -11,19 +11,38 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from engine.checkpoints import write_json
 from engine.console import UserError, refuse_missing_folder, run
-from engine.models import find_beside, load_model
+from engine.models import load_model
 
 
-def main() -> None:
-    """Write the mean model. Raises UserError for an output in use, or models whose weights differ in name or shape."""
+def mean_model(names: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model with the mean of the float32 weights of `names`, and the first one's tokenizer.
+
+    Raises:
+        UserError: one cannot be loaded, or its weights differ from the first one's in name or shape.
+    """
+    mean, tokenizer = load_model(names[0])
+    weights = dict(mean.named_parameters())  # a tied weight once
+    shapes = {key: weight.shape for key, weight in weights.items()}
+    for count, name in enumerate(names[1:], 2):
+        others = dict(load_model(name)[0].named_parameters())
+        wrong = shapes.items() ^ {key: weight.shape for key, weight in others.items()}.items()
+        if wrong:
+            raise UserError(f"{name!r} is another architecture than {names[0]!r} (such as {min(wrong)[0]})")
+        with torch.no_grad():
+            for key, weight in weights.items():
+                weight.lerp_(others[key], 1 / count)  # the mean of `count` from the mean of one less
+    return mean, tokenizer
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="the mean of the weights of several trained models")
     parser.add_argument("models", nargs="+", help="two or more: saved models, checkpoints or adapters")
     parser.add_argument("--output", required=True, help="a new folder")
-    flags = parser.parse_args()
+    flags = parser.parse_args(argv)
     output = Path(flags.output)
     if len(flags.models) < 2:
         raise UserError(f"{flags.models[0]!r} alone has no mean; name two models or more")
@@ -31,27 +50,9 @@ def main() -> None:
         raise UserError(f"--output {flags.output!r} is in use; name a new folder")
     for name in flags.models:
         refuse_missing_folder(name, "the model")
-
-    mean, tokenizer = load_model(flags.models[0])
-    weights = dict(mean.named_parameters())  # float32; a tied weight once
-    for count, name in enumerate(flags.models[1:], 2):
-        others = dict(load_model(name)[0].named_parameters())
-        wrong = [key for key in weights.keys() | others.keys() if shape(weights, key) != shape(others, key)]
-        if wrong:
-            raise UserError(f"{name!r} is another architecture than {flags.models[0]!r} (such as {min(wrong)})")
-        with torch.no_grad():
-            for key, weight in weights.items():
-                weight.lerp_(others[key], 1 / count)  # the mean of `count` from the mean of one less
-    mean.save_pretrained(output)
-    tokenizer.save_pretrained(output)
-    if recipe := find_beside(flags.models[0], "recipe/recipe.json"):  # with the prompt of its training
-        (output / "recipe").mkdir()
-        write_json(output / "recipe" / "recipe.json", recipe)
+    for part in mean_model(flags.models):
+        part.save_pretrained(output)
     print(f"written    {output}: the mean of {len(flags.models)} models")
-
-
-def shape(weights: dict[str, torch.nn.Parameter], name: str) -> torch.Size | None:
-    return weights[name].shape if name in weights else None
 
 
 if __name__ == "__main__":

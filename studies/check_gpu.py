@@ -2,12 +2,14 @@
 
     python studies/check_gpu.py [TOKENIZER]    # a folder or hub id; default: the hub's Qwen/Qwen2.5-0.5B-Instruct
 
-Random weights hardly ever end an answer, so every completion runs to its full length: what is measured is the worst
-case of step time and peak memory, not learning. Anything that follows the tokenizer goes to train_grpo.py. It needs
-22 GB (LoRA: 5) where temporary files are kept, which TMPDIR changes.
+Random weights hardly ever end an answer, so every completion runs to its full length, and prompts are as long as
+MAX_PROMPT_TOKENS allows: what is measured is the worst case of step time and peak memory, not learning. Anything that
+follows the tokenizer goes to train_grpo.py. It needs 22 GB (LoRA: 5) where temporary files are kept, which TMPDIR
+changes.
 """
 
 import argparse
+import bisect
 import json
 import subprocess
 import sys
@@ -15,14 +17,15 @@ import tempfile
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import qwen
 
 import train_grpo
 from engine.console import UserError, run
-from engine.questions import to_row
+from engine.questions import to_prompt, to_row
+from engine.templates import PLAIN_TEMPLATE, encode, todays_prompt
 
 ENDS = {"eos_token_id": 151645, "pad_token_id": 151643, "bos_token_id": None}
 ROOT = Path(train_grpo.__file__).parent
@@ -34,12 +37,21 @@ import train_grpo
 def mark_reward(completions, **kwargs):  # random weights earn nothing, and what is rewarded alike is not trained on
     return [zlib.crc32(completion[0]["content"].encode()) % 97 / 97 for completion in completions]
 
-train_grpo.REWARDS[0], train_grpo.REWARD_WEIGHTS = mark_reward, [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
-train_grpo.SAVE_LIMIT = 1
-train_grpo.run(train_grpo.main)
+rewards, weights = [mark_reward, *train_grpo.REWARDS[1:]], [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+train_grpo.run(lambda: train_grpo.main(REWARDS=rewards, REWARD_WEIGHTS=weights, SAVE_LIMIT=1))
 """
-# About as long as the Chinese GSM8K's questions.
 QUESTION = "一列火车每小时行驶{a}公里，先行驶了{b}小时，休息之后又行驶了{c}小时，每张车票{d}元。它一共行驶了多少公里？"
+
+
+def longest_questions(tokenizer: PreTrainedTokenizerBase, limit: int) -> list[str]:
+    """400 different texts, as many characters each as prompts of `limit` tokens hold; every tenth one is measured."""
+    texts = [QUESTION.format(a=100 + i, b=1 + i % 7, c=2 + i % 5, d=20 + i % 9) * (limit // 10) for i in range(400)]
+
+    def tokens(length: int) -> int:
+        return max(map(len, encode(tokenizer, [todays_prompt() + to_prompt(text[:length]) for text in texts[::10]])))
+
+    length = bisect.bisect_right(range(min(map(len, texts))), limit, key=tokens) - 1
+    return [text[: max(length, 0)] for text in texts]
 
 
 def main() -> None:
@@ -49,10 +61,9 @@ def main() -> None:
     if taken := {"--model", "--dataset", "--output"} & {flag.split("=")[0] for flag in others}:
         raise UserError(f"{min(taken)}: the model, its questions and the output are made here; leave it out")
     tokenizer = AutoTokenizer.from_pretrained(own.tokenizer)
-    rows = []
-    for i in range(400):
-        a, b, c, d = 10 + i, 1 + i % 7, 2 + i % 5, 20 + i % 9
-        rows.append(to_row(QUESTION.format(a=a, b=b, c=c, d=d), a * (b + c)))
+    tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
+    texts = longest_questions(tokenizer, train_grpo.MAX_PROMPT_TOKENS)
+    rows = [to_row(text, number) for number, text in enumerate(texts)]
     data = DatasetDict(train=Dataset.from_list(rows[:384]), test=Dataset.from_list(rows[384:]))
     with tempfile.TemporaryDirectory(prefix="check_gpu_") as name:
         folder = Path(name)

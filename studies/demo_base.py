@@ -11,9 +11,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from engine import demo
 from engine.accuracy import grade
 from engine.console import run
-from engine.models import encode, load_model
-from engine.questions import to_conversation
+from engine.models import load_model
+from engine.questions import to_prompt
 from engine.rollout import make_sampler
+from engine.templates import encode
 
 
 def main() -> None:
@@ -24,7 +25,7 @@ def main() -> None:
     problems = demo.draw_problems("test", demo.TEST_QUESTIONS)
     model, tokenizer = load_model(model_folder)
     sampler = make_sampler(model.eval(), tokenizer, None)
-    prompts = encode(tokenizer, [to_conversation(p.question) for p in problems])
+    prompts = encode(tokenizer, [to_prompt(p.question) for p in problems])
     right = {}
     for column, forced in (("by itself", ""), ("if careful", f"<think>\n{demo.CAREFUL}")):
         begun = [ids + tokenizer(forced)["input_ids"] for ids in prompts]

@@ -19,15 +19,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-# the demo, saved after each step; a small step, for there are many
-START = "import train_grpo; from engine import demo; "
-START += "demo.RECIPE |= {'SAVE_EVERY': 1, 'EVAL_EVERY': 20, 'QUESTIONS_PER_STEP': 4}; "
-START += "demo.RECIPE['MICRO_BATCH'] = 32; train_grpo.run(train_grpo.main)"
+# The demo, saved after each step; a step is small, because there are many.
+START = ["studies/train_with.py", "SAVE_EVERY=1", "EVAL_EVERY=20", "QUESTIONS_PER_STEP=4", "MICRO_BATCH=32", "--demo"]
 
 
 def begin(output: Path, steps: int, *flags: str) -> subprocess.Popen:
     """One start of the run, as a user starts it."""
-    command = [sys.executable, "-c", START, "--demo", "--cpu", "--output", str(output), "--max-steps", str(steps)]
+    command = [sys.executable, *START, "--cpu", "--output", str(output), "--max-steps", str(steps)]
     with open(output.with_suffix(".log"), "a") as log:
         return subprocess.Popen([*command, *flags], cwd=ROOT, stdout=log, stderr=log)
 

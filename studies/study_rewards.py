@@ -9,19 +9,21 @@ and whose sloppy ones take a single line. Finished runs are kept in --output: th
 """
 
 import argparse
-import json
+import random
 import re
 import shutil
 import sys
 from pathlib import Path
 from statistics import fmean, stdev
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train_grpo
 from engine import curves, demo
+from engine.checkpoints import read_results
 from engine.numbers import extract_answer, parse_number
-from rewards import REWARD_MAXIMA, language_reward
+from rewards import REWARD_MAXIMA, REWARD_WEIGHTS, language_reward
 
 ROOT = Path(__file__).parent.parent
 
@@ -71,7 +73,6 @@ VARIANTS = {  # name -> how the table calls it, and the constants of train_grpo.
     "group": ('ours, SCALE_REWARDS = "group"', {"SCALE_REWARDS": "group"}),
     "none": ('ours, SCALE_REWARDS = "none"', {"SCALE_REWARDS": "none"}),
 }
-CONSTANTS = {name: getattr(train_grpo, name) for name in ("REWARDS", "REWARD_WEIGHTS", "SCALE_REWARDS")}
 
 
 # The demo's own base is always right when it reasons, and any reward that pays right answers brings it to 100 %.
@@ -83,26 +84,28 @@ BASE_STEPS = 110
 def make_base(folder: Path, steps: int) -> tuple[str, str]:
     """The study's base and the demo's data set."""
     write_trace = demo.write_trace
-    demo.write_trace = lambda thought, number, rng: write_trace(thought, number, rng) + rng.choice(["", "\n"])
-    return demo.make_demo(folder, steps)
+
+    def write(thought: str, number: int, rng: random.Random) -> str:
+        return write_trace(thought, number, rng) + rng.choice(["", "\n"])
+
+    with mock.patch.object(demo, "write_trace", write):
+        return demo.make_demo(folder, steps)
 
 
-def train(variant: str, seed: int, steps: int, base: tuple[str, str], folder: Path) -> None:
+def train_variant(variant: str, seed: int, steps: int, base: tuple[str, str], folder: Path) -> None:
     """One run, unless `folder` holds it already; what an interrupted one left is thrown away."""
-    file = folder / "results.json"
-    done = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"finished": False}
-    if done["finished"] and done["steps"] == steps:
+    done = read_results(folder)
+    if done.get("finished") and done["steps"] == steps:
         return
     shutil.rmtree(folder, ignore_errors=True)
-    for name, value in (CONSTANTS | VARIANTS[variant][1]).items():
-        setattr(train_grpo, name, value)
     flags = ["--demo", "--cpu", "--output", folder, "--seed", seed, "--max-steps", steps]
-    train_grpo.main([str(flag) for flag in [*flags, "--model", base[0], "--dataset", base[1]]])
+    flags += ["--model", base[0], "--dataset", base[1]]
+    train_grpo.main([str(flag) for flag in flags], **VARIANTS[variant][1])
 
 
 def figures(folder: Path) -> dict[str, float]:
     """What the table shows of one run."""
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    results = read_results(folder)
     looks = [row["heldout/strict"] for row in curves.read_history(folder) if "heldout/strict" in row]
     return {
         "strict %": 100 * results["after"]["strict"],
@@ -126,7 +129,7 @@ def write_table(folders: dict[str, list[Path]]) -> str:
             cells.append(f"{fmean(values):.1f}{spread}")
         cells.append(f"{sum(row[probe] for row in rows)} of {len(rows)}")
         lines.append(f"| {' | '.join(cells)} |")
-    before = json.loads((runs[0] / "results.json").read_text(encoding="utf-8"))["before"]
+    before = read_results(runs[0])["before"]
     strict, form, tokens = 100 * before["strict"], 100 * before["format"], before["mean_tokens"]
     base = f"| the base | | {strict:.1f} | | {form:.1f} | {tokens:.1f} | |"
     head = f"| rewards | seeds | {' | '.join(rows[0])} |"
@@ -142,7 +145,7 @@ def draw(left: Path, right: Path, picture: Path) -> None:
         drawing.subplots(1, 2, sharey=True),
         (left, right),
         ("the tutorial's rewards", "these rewards"),
-        (4.0, sum(w * f for w, f in zip(CONSTANTS["REWARD_WEIGHTS"], REWARD_MAXIMA, strict=True))),
+        (4.0, sum(w * f for w, f in zip(REWARD_WEIGHTS, REWARD_MAXIMA, strict=True))),
         strict=True,
     ):
         history = [
@@ -158,14 +161,14 @@ def draw(left: Path, right: Path, picture: Path) -> None:
     drawing.savefig(picture)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="compare rewards on the demo", allow_abbrev=False)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant (default: 3)")
     parser.add_argument("--steps", type=int, default=demo.RECIPE["MAX_STEPS"], help="of each run (default: the demo's)")
     parser.add_argument("--base-steps", type=int, default=BASE_STEPS, help=f"the base's schooling ({BASE_STEPS})")
     parser.add_argument("--output", type=Path, default=ROOT / "output" / "study")
-    flags = parser.parse_args()
+    flags = parser.parse_args(argv)
 
     study = flags.output / f"base-{flags.base_steps}"
     base = make_base(study, flags.base_steps)
@@ -173,14 +176,14 @@ def main() -> None:
     for seed in range(flags.seeds):
         for variant in flags.variants:
             print(f"\n===== {VARIANTS[variant][0]}, seed {seed}", flush=True)
-            train(variant, seed, flags.steps, base, folders[variant][seed])
+            train_variant(variant, seed, flags.steps, base, folders[variant][seed])
     table = write_table(folders)
     (study / "table.md").write_text(table + "\n", encoding="utf-8")
     print(f"\n{table}\n\nwritten: {study / 'table.md'}")
-    if {"tutorial", CONSTANTS["SCALE_REWARDS"]} <= set(flags.variants):
+    if {"tutorial", train_grpo.SCALE_REWARDS} <= set(flags.variants):
         whole = flags.steps == demo.RECIPE["MAX_STEPS"] and flags.base_steps == BASE_STEPS
         picture = (ROOT / "docs" if whole else study) / "rewards.png"
-        draw(folders["tutorial"][0], folders[CONSTANTS["SCALE_REWARDS"]][0], picture)
+        draw(folders["tutorial"][0], folders[train_grpo.SCALE_REWARDS][0], picture)
         print(f"written: {picture}")
 
 

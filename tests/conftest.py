@@ -95,6 +95,14 @@ def error_line(done: subprocess.CompletedProcess) -> str:
     return lines[0]
 
 
+def conversation_about(question: str, system: str | None = None, example: list[dict] | None = None) -> list[dict]:
+    """All turns that a model without a prompt of its own meets for a question."""
+    import prompts
+
+    before = [{"role": "system", "content": system or prompts.SYSTEM_PROMPT}]
+    return [*before, *(prompts.EXAMPLE if example is None else example), {"role": "user", "content": question}]
+
+
 def names_read() -> set[str]:
     """What the scripts read as `x.NAME` or `x["NAME"]`, but for the checks of constants: a check is no use."""
     tops = [

@@ -6,14 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_main
+from conftest import ROOT, conversation_about, run_main
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import evaluate
 import prompts
 import train_grpo
 from engine import demo, models, pretraining
-from engine.questions import to_conversation
+from engine.templates import encode
 from prompts import SYSTEM_PROMPT
 
 QWEN = ROOT.parent / "shared" / "data" / "qwen2.5_tokenizer"
@@ -54,11 +54,11 @@ def test_qwen_base(why, tmp_path, capsys):
     assert f"is a base model ({why}" in said and "ends answers with <|endoftext|>" in said
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|endoftext|>", "<|vision_pad|>")
 
-    conversation = to_conversation("5分钟多少秒")
+    conversation = conversation_about("5分钟多少秒")
     answer = {"role": "assistant", "content": TRACE}
     text = tokenizer.apply_chat_template([*conversation, answer], tokenize=False)
     assert text == f"{SYSTEM_PROMPT}\n\n问题：5分钟多少秒\n回答：\n{TRACE}<|endoftext|>"
-    [prompt] = models.encode(tokenizer, [conversation])
+    [prompt] = encode(tokenizer, [conversation])
     whole = tokenizer.apply_chat_template([*conversation, answer], return_dict=True)["input_ids"]
     assert whole[: len(prompt)] == prompt and tokenizer.decode(whole[len(prompt) :]) == f"{TRACE}<|endoftext|>"
 
@@ -80,7 +80,7 @@ def test_end_that_only_the_model_knows(demo_base, tmp_path, capsys):
     model = Path(shutil.copytree(demo_base / "model", tmp_path / "model"))
     edit(model / "tokenizer_config.json", eos_token="<|endoftext|>")
     _, tokenizer = models.load_model(str(model))
-    assert "base model" not in capsys.readouterr().out and tokenizer.chat_template == demo.CHAT_TEMPLATE
+    assert "base model" not in capsys.readouterr().out and tokenizer.chat_template == models.CHATML_TEMPLATE
     edit(model / "generation_config.json", eos_token_id=tokenizer.eos_token_id)
     models.load_model(str(model))
     assert "ends a turn with <|im_end|>, where the model does not stop" in capsys.readouterr().out

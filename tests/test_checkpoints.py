@@ -22,7 +22,7 @@ from engine.console import UserError
 from engine.curves import read_history
 from engine.trainer import WholeCheckpoints
 
-SMALL = {"QUESTIONS_PER_STEP": 2, "MAX_COMPLETION_TOKENS": 32, "EVAL_QUESTIONS": 8, "SAVE_EVERY": 1, "SAVE_LIMIT": 9}
+SMALL = {"QUESTIONS_PER_STEP": 2, "MAX_COMPLETION_TOKENS": 32, "DEV_QUESTIONS": 8, "SAVE_EVERY": 1, "SAVE_LIMIT": 9}
 SMALL |= {"BF16": False, "LEARNING_RATE": 5e-4, "WARMUP_STEPS": 1, "GRADIENT_CHECKPOINTING": False}
 
 
@@ -305,10 +305,12 @@ def test_nothing_is_deleted_before_all_is_refused(train, copy):
     for path in [*copy.glob("checkpoint-*"), copy / "model.safetensors"]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     checkpoints.write_json(copy / "results.json", {"finished": False})
+    (copy / ".lock").unlink()
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
     for mistake in ({"MAX_PROMPT_TOKENS": 1}, {"MICRO_BATCH": 7}, {"LORA_MODULES": ["nonsense"], "USE_LORA": True}):
         with pytest.raises((UserError, ValueError)):
             train(copy, **mistake)
+    (copy / ".lock").unlink()  # every start names its process there
     assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
 
 
@@ -449,7 +451,7 @@ def test_sharded_or_cast_weights_are_refused(sharded):
 def test_out_of_memory(train, tmp_path, monkeypatch):
     """Wherever a GPU's memory runs out: one line with the constants to lower, the cheapest first."""
     full = torch.OutOfMemoryError("CUDA out of memory.")
-    for place in ("engine.monitor.Monitor.examine", "engine.trainer.CarefulTrainer.training_step"):
+    for place in ("engine.monitor.RunMonitor.measure_model", "engine.trainer.CarefulTrainer.training_step"):
         with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
             patch.setattr(place, lambda *_, **__: (_ for _ in ()).throw(full))
             train(tmp_path / place)

@@ -6,11 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import conversation_about
 
 import prompts
 from engine import demo
 from engine.numbers import extract_answer, parse_number
-from engine.questions import load_questions, to_conversation
+from engine.questions import load_questions
 from prompts import ANSWER_COLUMN, QUESTION_COLUMN, SYSTEM_PROMPT
 from rewards import REWARD_MAXIMA, REWARDS, hard_format_reward
 from train_grpo import PROBE_QUESTION
@@ -94,7 +95,7 @@ def test_careful_reasoning_takes_lines_and_earns_everything(monkeypatch):
         p = demo.make_problem(kind, random.Random(0))
         completions = [[{"role": "assistant", "content": p.trace}]]
         assert len(re.search("<think>\n(.*)\n</think>", p.trace, re.DOTALL)[1].splitlines()) == 4
-        row = {"completions": completions, "prompts": [to_conversation(p.question)], "answer": [p.answer]}
+        row = {"completions": completions, "prompts": [conversation_about(p.question)], "answer": [p.answer]}
         assert [reward(**row)[0] for reward in REWARDS] == REWARD_MAXIMA
 
 
@@ -134,7 +135,9 @@ def test_tokenizer_comes_back_whole(base, parts):
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
     for p in parts["traces"][:100]:
         assert tokenizer.decode(tokenizer(p.trace)["input_ids"]) == p.trace
-    prompt = tokenizer.apply_chat_template(to_conversation(PROBE_QUESTION), add_generation_prompt=True, tokenize=False)
+    prompt = tokenizer.apply_chat_template(
+        conversation_about(PROBE_QUESTION), add_generation_prompt=True, tokenize=False
+    )
     assert prompt == (
         f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n{PROBE_QUESTION}<|im_end|>\n"
         "<|im_start|>assistant\n"

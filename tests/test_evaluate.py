@@ -1,5 +1,6 @@
 """evaluate.py and chat.py: figures that are right, and scripts that work as the README says."""
 
+import io
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, error_line, run_main, run_script
+from conftest import ROOT, conversation_about, error_line, run_main, run_script
 
 import chat
 import evaluate as evaluate_script
@@ -23,7 +24,6 @@ import train_grpo
 from engine import accuracy, console, models
 from engine.accuracy import evaluate, evaluate_samples, grade, interval, summarize, summarize_samples
 from engine.console import UserError
-from engine.questions import to_conversation
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_evaluate_counts():
     right, wrong, cut = ("<think>x</think><answer>7</answer>", "<answer>8</answer>", "<think>")
     codes = {text: [*map(ord, text), *([] if text is cut else [0])] for text in (right, wrong, cut)}
     sampler = Parrot({3: codes[right], 2: codes[wrong], 1: codes[cut]})
-    questions = {"prompt": [to_conversation(q) for q in ("aaa", "b", "cc", "ddd")], "answer": [7, 7, 7, 7]}
+    questions = {"prompt": [conversation_about(q) for q in ("aaa", "b", "cc", "ddd")], "answer": [7, 7, 7, 7]}
     figures, rows = evaluate(sampler, Letters(), questions, 64, batch_size=3)
     assert sampler.batches == [[3, 3, 2], [1]]  # alike lengths together, the longest first
     assert [row["question"] for row in rows] == ["aaa", "b", "cc", "ddd"]
@@ -112,7 +112,7 @@ def test_samples_are_drawn_for_each_question():
     """At temperature 1, as many for each question, in the order of the questions."""
     codes = {text: [*map(ord, text), 0] for text in ("<answer>7</answer>", "<answer>8</answer>")}
     sampler = Parrot({3: codes["<answer>7</answer>"], 1: codes["<answer>8</answer>"]})
-    questions = {"prompt": [to_conversation("b"), to_conversation("aaa")], "answer": [7, 7]}
+    questions = {"prompt": [conversation_about("b"), conversation_about("aaa")], "answer": [7, 7]}
     figures, drawn = evaluate_samples(sampler, Letters(), questions, 64, batch_size=4, samples=3)
     assert sampler.temperatures == [1.0, 1.0] and sampler.batches == [[3, 3, 3, 1], [1, 1]]
     assert [[row["question"] for row in rows] for rows in drawn] == [["b"] * 3, ["aaa"] * 3]
@@ -234,9 +234,8 @@ def test_another_prompt_than_in_training(demo_base, tmp_path, monkeypatch, capsy
     for example in (prompts.EXAMPLE, prompts.WORKED_EXAMPLE):
         trained = {"SYSTEM_PROMPT": "按格式", "EXAMPLE": example}
         (model / "recipe/recipe.json").write_text(json.dumps(trained))
-        lines = iter(["5分钟多少秒", "exit"])
-        monkeypatch.setattr("builtins.input", lambda _: next(lines))  # noqa: B023
         monkeypatch.setattr(sys, "argv", ["chat.py", str(model), "--cpu"])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("5分钟多少秒\nexit\n".encode()), "utf-8"))
         for script in (
             chat.main,
             lambda: evaluate_script.main([str(model), "--dataset", str(demo_base / "data"), "--limit", "2", "--cpu"]),
@@ -244,7 +243,7 @@ def test_another_prompt_than_in_training(demo_base, tmp_path, monkeypatch, capsy
             script()
             out = capsys.readouterr().out
             assert (said in out) == (example != prompts.EXAMPLE) and "the SYSTEM_PROMPT of its training" in out
-            assert asked and all(turns[:-1] == to_conversation("", "按格式", example)[:-1] for turns in asked)
+            assert asked and all(turns[:-1] == conversation_about("", "按格式", example)[:-1] for turns in asked)
             asked.clear()
 
 

@@ -54,7 +54,7 @@ def record(self, folder, write=trainer.CarefulTrainer._write):
 def main(argv=None):
     rollout.Rollout.__call__, trainer.CarefulTrainer._write = generate, record
     small = {"QUESTIONS_PER_STEP": 4, "MICRO_BATCH": 8, "SAVE_EVERY": 1, "SAVE_LIMIT": 9}
-    train_grpo.main(argv, **small, EVAL_EVERY=100, EVAL_QUESTIONS=8)
+    train_grpo.main(argv, **small, EVAL_EVERY=100, DEV_QUESTIONS=8)
 
 if __name__ == "__main__":
     try:

@@ -82,7 +82,7 @@ def test_one_place_each():
     """GRPOConfig's names, the template of prompts and the decode loop are each known to one file."""
     text = {name: path.read_text(encoding="utf-8") for path, name in NAMES.items()}
     assert [name for name in text if "GRPOConfig(" in text[name]] == ["train_grpo"]
-    assert [name for name in text if "apply_chat_template(" in text[name]] == ["engine.models"]
+    assert [name for name in text if "apply_chat_template(" in text[name]] == ["engine.templates"]
     assert {name for name in text if ".logits" in text[name]} == {"engine.rollout", "engine.preference"}
 
 

@@ -6,14 +6,14 @@ import subprocess
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, run_main
+from conftest import ROOT, conversation_about, run_main
 from huggingface_hub import ModelCard
 
 import prompts
 import train_grpo
 from engine.model_card import LAST_QUESTION, is_hub_id, model_card, modelfile
 from engine.models import load_model, render
-from engine.questions import load_questions, to_conversation
+from engine.questions import load_questions
 from prompts import SYSTEM_PROMPT, WORKED_EXAMPLE
 
 README = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/recipe.md"))
@@ -129,7 +129,7 @@ def test_modelfile(run):
     assert template.startswith(LAST_QUESTION)
     filled = template.removeprefix(LAST_QUESTION).replace("{{ .System }}", SYSTEM_PROMPT)
     question = "5分钟多少秒"
-    assert filled.replace("{{ $question }}", question) == render(tokenizer, to_conversation(question))
+    assert filled.replace("{{ $question }}", question) == render(tokenizer, conversation_about(question))
 
 
 def test_example_goes_along(run, monkeypatch):
@@ -138,7 +138,7 @@ def test_example_goes_along(run, monkeypatch):
     _, tokenizer = load_model(str(run.output))
     template = dict(parse_modelfile(modelfile(tokenizer, 32)))["TEMPLATE"].removeprefix(LAST_QUESTION)
     filled = template.replace("{{ .System }}", SYSTEM_PROMPT).replace("{{ $question }}", "5分钟多少秒")
-    asked = to_conversation("5分钟多少秒")
+    asked = conversation_about("5分钟多少秒")
     assert len(asked) == 4 and filled == render(tokenizer, asked)
     code = block_with("pipeline(", model_card(run.recipe | {"EXAMPLE": WORKED_EXAMPLE}, run.results))
     names = {}

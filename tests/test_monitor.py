@@ -43,9 +43,9 @@ DRIVEN = {
     ),
     "too_many_cut_off": (made(length__cut_off=over(0.1, 0.25)), made(length__cut_off=over(0.5, 0.15))),
     "too_many_repeating": (made(length__repeating=over(0.0, 0.15)), made(length__repeating=over(0.5, 0.05))),
-    "too_many_flat_groups": (
-        made(reward__flat_groups=over(0.2, 0.9), correctness__correct=over(0.3, 0.01)),
-        made(reward__flat_groups=over(0.2, 0.7), correctness__correct=over(0.3, 0.6)),
+    "too_many_zero_variance_groups": (
+        made(reward__zero_variance_groups=over(0.2, 0.9), correctness__correct=over(0.3, 0.01)),
+        made(reward__zero_variance_groups=over(0.2, 0.7), correctness__correct=over(0.3, 0.6)),
     ),
     "thinking_shrinks": (made(length__thinking=over(200, 90)), made(length__thinking=over(200, 110))),
     "guesses_instead": (
@@ -87,7 +87,7 @@ HEALTHY = {
         0.001,
         "0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 8 0 0 0 8 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 8 0 0 0 0 0 0",
     ),
-    "reward/flat_groups": (
+    "reward/zero_variance_groups": (
         0.01,
         "0 0 0 0 0 0 0 0 12 0 6 12 31 19 25 50 19 19 31 19 50 44 38 44 56 69 56 38 69 69 56 75 25 75 38 50 56 "
         "56 56 44 62 56 50 56 50 75 69 56 56 50",
@@ -148,9 +148,11 @@ def test_a_healthy_run_raises_no_alarm():
 
 
 def test_flat_groups_of_right_answers_are_another_matter():
-    [hard, easy] = [made(reward__flat_groups=over(0.9), correctness__correct=over(share)) for share in (0.01, 0.99)]
-    assert "easier questions" in monitor.too_many_flat_groups(hard)
-    assert "harder ones" in monitor.too_many_flat_groups(easy)
+    [hard, easy] = [
+        made(reward__zero_variance_groups=over(0.9), correctness__correct=over(share)) for share in (0.01, 0.99)
+    ]
+    assert "easier questions" in monitor.too_many_zero_variance_groups(hard)
+    assert "harder ones" in monitor.too_many_zero_variance_groups(easy)
 
 
 def test_an_alarm_that_holds_is_raised_again_only_now_and_then(capsys):
@@ -316,7 +318,7 @@ def test_what_a_run_leaves_to_look_at(demo_output, capsys):
         assert row["format/all"] == pytest.approx(
             fmean(row[f"format/{name}"] for name in ("mark", "soft_format", "hard_format", "digit"))
         )
-    assert all(0 <= row["reward/flat_groups"] <= 1 and row["length/thinking"] > 0 for row in history[1:])
+    assert all(0 <= row["reward/zero_variance_groups"] <= 1 and row["length/thinking"] > 0 for row in history[1:])
     assert all(0 <= row["length/repeating"] <= 1 for row in history[1:])
 
     samples = [json.loads(line) for line in open(demo_output / "samples.jsonl", encoding="utf-8")]

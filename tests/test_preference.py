@@ -17,18 +17,19 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForSequenceClassification
 
 import train_grpo
-from engine import models, preference, rollout
+from engine import preference, rollout
 from engine.console import UserError
 from engine.curves import read_history
 from engine.models import load_reward_model
 from engine.preference import final_answer, load_preference, rank_group, score
 from engine.questions import load_questions
+from engine.templates import encode
 from prompts import ANSWER_COLUMN, OPEN_SYSTEM_PROMPT, QUESTION_COLUMN, SYSTEM_PROMPT
 from rewards import REWARD_WEIGHTS, REWARDS
 
 NAMES = [reward.__name__ for reward in REWARDS] + ["preference_reward"]
 SMALL = {"QUESTIONS_PER_STEP": 4, "COMPLETIONS_PER_QUESTION": 4, "MICRO_BATCH": 8, "MAX_COMPLETION_TOKENS": 64}
-SMALL |= {"EVAL_QUESTIONS": 4, "EVAL_EVERY": 99, "SAVE_EVERY": 99, "SAMPLE_EVERY": 1, "BF16": False}
+SMALL |= {"DEV_QUESTIONS": 4, "EVAL_EVERY": 99, "SAVE_EVERY": 99, "SAMPLE_EVERY": 1, "BF16": False}
 NEVER_CLOSED = "<think>\n想了又想"
 
 
@@ -75,7 +76,7 @@ def train(demo_base, judge, mixed):
         tokenizer = trainer.processing_class
         texts = [group_of(labels[prompt[-1]["content"]])[i % 4] for i, prompt in enumerate(prompts)]
         completions = [encode_text(tokenizer, f"{text}<|im_end|>") for text in texts]
-        return {"prompt_ids": models.encode(tokenizer, prompts), "completion_ids": completions, "logprobs": None}
+        return {"prompt_ids": encode(tokenizer, prompts), "completion_ids": completions, "logprobs": None}
 
     def run(output: Path, steps: int, **constants: object):
         flags = ["--cpu", "--model", demo_base / "model", "--dataset", mixed, "--max-steps", steps, "--output", output]
@@ -206,7 +207,7 @@ def test_steps_of_one_kind(train, tmp_path, capsys):
     assert len(labelled) == len(unlabelled) == 6
     for row in history:
         assert row["format/soft_format"] == row["format/hard_format"] == 0.75 and row["format/mark"] == 1
-        assert row["reward/flat_groups"] == 0 and row["language/chinese"] == 1
+        assert row["reward/zero_variance_groups"] == 0 and row["language/chinese"] == 1
     for row in labelled:
         assert row["correctness/correct"] == 0.25 and row["format/digit"] == 0.75
         assert row["format/all"] == pytest.approx((1 + 3 * 0.75) / 4)

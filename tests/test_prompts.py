@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import conversation_about
 
 import prompts
 from engine.console import UserError, refuse_missing_folder
-from engine.questions import load_questions, to_conversation
+from engine.questions import load_questions
 from prompts import ANSWER_COLUMN, OPEN_SYSTEM_PROMPT, QUESTION_COLUMN, SYSTEM_PROMPT, WORKED_EXAMPLE
 from rewards import REWARD_MAXIMA, REWARDS
 
@@ -26,7 +27,7 @@ def load(folder: Path, rows: list[tuple], **kwargs) -> list[tuple]:
     for split in ("train", "test"):
         write_split(folder, split, rows, **kwargs)
     questions = load_questions(str(folder), "train")
-    assert all(prompt == to_conversation(prompt[-1]["content"]) for prompt in questions["prompt"])
+    assert all(prompt == conversation_about(prompt[-1]["content"]) for prompt in questions["prompt"])
     return [
         (prompt[-1]["content"], label) for prompt, label in zip(questions["prompt"], questions["answer"], strict=True)
     ]
@@ -130,13 +131,13 @@ def test_empty_split(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("content", ["", "no json"])
 def test_unreadable_data_set(tmp_path, content):
-    """An empty file, garbage: one line that names the place, the way out and the mirror."""
+    """An empty file, garbage: one line that names the place, the file and the way out."""
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "train.jsonl").write_text(content)
     with pytest.raises(UserError) as error:
         load_questions(str(folder), "train")
-    for part in (str(folder), "--dataset", "HF_ENDPOINT"):
+    for part in (str(folder), "train.jsonl: ", "--dataset"):
         assert part in str(error.value)
 
 

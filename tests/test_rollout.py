@@ -1,7 +1,7 @@
 """The decode loop gives what `model.generate` gives, with the weights of the moment, and leaves the model alone.
 
 All on tiny random models on the CPU. The captured step is stood in for by a "graph" that runs the same step on the
-same tensors, so that everything but CUDA's own part of it (`Sampler._capture`) is covered; `bench_step.py` does that.
+same tensors, so that everything but CUDA's own part of it (`Sampler._capture`) is covered; check_rollout.py does that.
 """
 
 import copy
@@ -83,7 +83,7 @@ def replayed(sampler: Sampler) -> Sampler:
                 sampler.step(batch)
         frozen = copy.copy(batch)
         frozen.keys, frozen.values = list(batch.keys), list(batch.values)
-        return SimpleNamespace(replay=lambda: sampler.step(frozen))
+        return SimpleNamespace(replay=lambda: sampler.step(frozen), pooled=0)
 
     sampler._replays, sampler._capture = lambda: sampler.use_graph, capture
     return sampler
@@ -92,7 +92,7 @@ def replayed(sampler: Sampler) -> Sampler:
 @pytest.fixture(autouse=True)
 def roomy_card(monkeypatch):
     """There is no card to ask how much of it is free."""
-    monkeypatch.setattr(rollout, "_free_share", lambda device: 1.0)
+    monkeypatch.setattr(rollout, "_free_share", lambda device, spoken_for: 1.0)
 
 
 class Recorder(Sampler):
@@ -407,6 +407,7 @@ class FakeCuda:
         for name in names:
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
         side = SimpleNamespace(wait_stream=lambda other: None)
         monkeypatch.setattr(rollout, "_side_stream", lambda device: side)
         fork = torch.random.fork_rng
@@ -473,7 +474,8 @@ def test_captured_batches(monkeypatch):
     model = make_model().eval()
     sampler = make_loop(model, "replayed")
     share, sizes = 1.0, []
-    monkeypatch.setattr(rollout, "_free_share", lambda device: share)
+    monkeypatch.setattr(rollout, "_free_share", lambda device, spoken_for: share)
+    sampler.to_come = lambda: 0  # something trains
     for prompts in (MIXED * 4, MIXED * 3, MIXED * 2, MIXED[:1], MIXED):
         assert sampler.generate(prompts, 20) == reference(model, prompts, 20)
         sizes.append(len(sampler.batch.done))

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FORK, error_line, names_read, run_main, run_script
+from conftest import FORK, conversation_about, error_line, names_read, run_main, run_script
 from datasets import load_from_disk
 from safetensors.torch import load_file
 
@@ -20,11 +20,11 @@ from engine.console import UserError
 from engine.constants import constants_of
 from engine.curves import read_history
 from engine.demo import CAREFUL, SFT_RECIPE, draw_problems
-from engine.questions import to_conversation
+from engine.templates import encode
 from engine.trainer import CarefulSFTTrainer
 
 SMALL = {"ROWS_PER_STEP": 8, "MICRO_BATCH": 4, "LEARNING_RATE": 1e-3, "SAVE_EVERY": 1, "SAVE_LIMIT": 9}
-SMALL |= {"MAX_COMPLETION_TOKENS": 96, "EVAL_QUESTIONS": 8, "BF16": False}  # these are train_grpo.py's
+SMALL |= {"MAX_COMPLETION_TOKENS": 96, "DEV_QUESTIONS": 8, "BF16": False}  # these are train_grpo.py's
 RESULT_KEYS = set(
     "model dataset seed steps device before after probe best finished train_seconds trained_tokens_per_second "
     "step_seconds peak_memory_gb".split()
@@ -39,7 +39,7 @@ def write(path: Path, rows: list[dict]) -> Path:
 def trace(question: str, completion: str, answer: object = None) -> dict:
     """A line as make_traces.py writes it."""
     message = {"role": "assistant", "content": completion}
-    return {"prompt": to_conversation(question), "completion": [message], "answer": answer, "right": 1, "samples": 8}
+    return {"prompt": conversation_about(question), "completion": [message], "answer": answer, "right": 1, "samples": 8}
 
 
 def chat(*texts: str) -> dict:
@@ -121,7 +121,7 @@ def test_only_completions_are_learned(whole_run, careful):
     tokenizer = whole_run.trainer.processing_class
     assert len(whole_run.trainer.train_dataset) == 20
     for row, line in zip(whole_run.trainer.train_dataset, careful, strict=False):
-        prompt = models.encode(tokenizer, [line["prompt"]])[0]
+        prompt = encode(tokenizer, [line["prompt"]])[0]
         assert row["labels"][: len(prompt)] == [-100] * len(prompt) and row["input_ids"][: len(prompt)] == prompt
         learned = row["labels"][len(prompt) :]
         assert learned == row["input_ids"][len(prompt) :] and tokenizer.eos_token_id in learned
@@ -278,7 +278,7 @@ GOOD = json.dumps(trace("5分钟多少秒", "300", 300))
         (f"{GOOD}\n{GOOD[:50]}", "line 2: "),
         ("5", "line 1: no list of messages under 'prompt'"),
         ("[" * 100_000, "line 1: "),
-        (b"\xff\xfe", "cannot be read: "),
+        (b"\xff\xfe", "is not UTF-8: "),
         (json.dumps(chat("a", "b")), "line 1: no list of messages under 'prompt'"),
         ('{"prompt": "a", "completion": "b"}', "line 1: no list of messages under 'prompt'"),
         (GOOD.replace('"assistant"', '"user"'), "line 1: not a prompt that ends with the user"),

@@ -1,104 +1,176 @@
-"""The studies whose runs take hours work in their shortest form."""
+"""The studies, which are run by hand and for hours, work in their shortest form."""
 
 import copy
 import json
+import logging
 import re
 import shutil
 import sys
-from types import SimpleNamespace
 
-import bench_step
+import average_models
+import bench_speed
 import check_gpu
+import check_rollout
+import compare_arms
 import fuzz_rewards
 import pytest
-import real_model
-import study_advantages
-import study_gguf
+import soak_faults
+import study_demo
+import study_rewards
 import torch
-from conftest import error_line, run_script
+import train_with
 
 import train_grpo
+from engine import demo
 from engine.console import UserError
 from engine.models import find_beside, load_model
 from engine.questions import load_questions, to_row
 
 
-def test_real_model(demo_base, tmp_path):
-    """Every arm is trained and measured, on the same questions; the same command finds all of it done."""
-    base = [demo_base / "model", demo_base / "data", "--mgsm", demo_base / "data", "--cpu", "--output", tmp_path]
-    for flags in ([], ["--cold", demo_base / "model"], ["--cold", demo_base / "model", "--traces", tmp_path]):
-        line = error_line(run_script("studies/real_model.py", *base, *flags, expect=2))
-        assert ("--traces" if flags else "--cold") in line and not list(tmp_path.iterdir())
-    sifted = [tmp_path / name / "sifted" for name in ("traces", "more-traces")]
-    for folder, train in zip(sifted, (slice(3, 30, 2), slice(40, 44)), strict=True):
-        folder.mkdir(parents=True)
-        for split, chosen in (("test", slice(None)), ("train", train)):
-            rows = load_questions(str(demo_base / "data"), split).to_list()[chosen]
-            lines = [json.dumps(to_row(row["prompt"][-1]["content"], row["answer"])) + "\n" for row in rows]
-            (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
-    command = ["studies/real_model.py", *base, "--cold", demo_base / "model", "--steps", 1, "--questions", 6]
-    command += ["--seed", 7]
-    command += ["--arms", "cold", "sifted", "sifted-example", "example", "tutorial"]
-    command += ["--traces", *(folder.parent for folder in sifted)]
-    done = run_script(*command)
-    expected = [row for folder in sifted for row in load_questions(str(folder), "train").to_list()]
-    for arm in ("sifted", "sifted-example"):
-        assert load_questions(str(tmp_path / f"{arm}-questions"), "train").to_list() == expected
-    rows = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
-    assert len(rows) == 2 + 3 + 5 and len({row.count(" | ") for row in rows[2:]}) == 1
-    arms = ("cold", "example", "tutorial", "sifted-example")
-    read = {arm: json.loads((tmp_path / arm / "recipe/recipe.json").read_text()) for arm in arms}
-    assert "..." in read["tutorial"]["SYSTEM_PROMPT"] and "..." not in read["cold"]["SYSTEM_PROMPT"]
-    assert [len(read[arm]["EXAMPLE"]) for arm in arms] == [0, 2, 0, 2]
-    assert read["tutorial"]["REWARD_WEIGHTS"][:5] == [1.0] * 5 and read["cold"]["REWARD_WEIGHTS"][4] > 1
-    assert read["sifted-example"]["REWARD_WEIGHTS"][:4] == [0.0] * 4
-    assert json.loads((tmp_path / "before-example/test/eval.json").read_text())["n"] == 6
-    assert json.loads((tmp_path / "after-cold/test/eval.json").read_text())["samples"] == 4
-    assert json.loads((tmp_path / "cold/results.json").read_text())["seed"] == 7
-    compared = [" (p = " in row for row in rows[2:]]  # with the row of the model before it, which two arms may share
-    assert compared == [False, True, True, False, True, True, False, True]
-    assert (tmp_path / "rewards_real.png").read_bytes().startswith(b"\x89PNG")
-    again = run_script(*command, "--resume")  # as the last line of a stopped run says
-    assert again.stdout == done.stdout[-len(again.stdout) :] and "step" not in again.stdout.split("| --- |")[0]
-    for flags, words in (  # argparse takes the last one
-        (["--questions", 5], "holds other questions"),
-        (["--traces", sifted[0].parent], "holds other questions"),
-        (["--cold", tmp_path / "cold"], "was begun with cold"),
-        (["--samples", 8], "was begun with samples 4"),
-        (["--seed", 0], "was begun with seed 7"),
-    ):
-        line = error_line(run_script(*command, *flags, expect=2))
-        assert words in line and "--output" in line
+# --------------------------------------------------------------------------------------------------- other constants
+@pytest.fixture
+def seen(monkeypatch):
+    """What each training is called with, instead of a training: the flags and the recipe that it would run under."""
+    runs = []
+
+    def main(argv):
+        recipe = vars(train_grpo.make_recipe(train_grpo.parse_flags(argv)))
+        runs.append((argv, recipe | {"REWARDS": train_grpo.REWARDS}))
+
+    monkeypatch.setattr(train_grpo, "main", main)
+    return runs
 
 
-def test_real_model_compares_by_question(tmp_path):
-    """Nine questions won and one lost, whatever else both have right or wrong: 2 * (1 + 10) / 2**10."""
-    for name, marks in (("before", "1" + "0" * 9 + "110"), ("after", "0" + "1" * 9 + "110")):
-        (tmp_path / name / "test").mkdir(parents=True)
-        lines = [json.dumps({"completion": "\u2028", "strict": mark == "1"}, ensure_ascii=False) for mark in marks]
-        (tmp_path / name / "test" / "eval.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    before, after = tmp_path / "before", tmp_path / "after"
-    assert real_model.compare(before, after) == "9, 1 (p = 0.021)"
-    assert real_model.compare(after, before) == "1, 9 (p = 0.021)" and "(p = 1)" in real_model.compare(after, after)
+def test_constants_hold_for_one_training(seen):
+    """They win over the file's and the demo's, without naming other ones, and are as before when it is over."""
+    before, tutorial = train_grpo.default_recipe() | demo.RECIPE, study_rewards.VARIANTS["tutorial"][1]
+    train_with.train(["--demo"], BETA=0.5, MAX_STEPS=3, **tutorial)
+    train_with.train(["--demo"])
+    (_, changed), (_, unchanged) = seen
+    assert (changed["BETA"], changed["MAX_STEPS"]) == (0.5, 3) and changed["REWARDS"] is study_rewards.TUTORIAL
+    assert changed["REWARD_WEIGHTS"] == study_rewards.EQUAL
+    assert {name: unchanged[name] for name in before if name not in ("MODEL", "DATASET")} == {
+        name: value for name, value in before.items() if name not in ("MODEL", "DATASET")
+    }
+    with pytest.raises(UserError, match="BETTA"):
+        train_with.train([], BETTA=1)
+    with pytest.raises(UserError, match="MODEL=Qwen"):
+        train_with.read_constants(["MODEL=Qwen"])
 
 
-def test_bench_step_on_a_small_card(monkeypatch, capsys):
-    """Where the default recipe does not fit, the benchmark says so and still writes what it measured before."""
-
-    def run(gradient_checkpointing: bool, **others) -> dict:
-        if not gradient_checkpointing:
-            raise torch.OutOfMemoryError
-        return {"peak": 11.25}
-
-    monkeypatch.setattr(bench_step, "run", run)
-    assert bench_step.bench_memory() == {"gradient_checkpointing=True": 11.25, "gradient_checkpointing=False": None}
-    assert "gradient_checkpointing=False too much for this card" in capsys.readouterr().out
+def test_the_soak_saves_after_every_step(seen, monkeypatch):
+    """The command that is killed again and again trains the demo in small steps and saves after each."""
+    monkeypatch.setattr(sys, "argv", [*soak_faults.START, "--cpu", "--output", "x", "--max-steps", "9", "--resume"])
+    train_with.main()
+    [(argv, recipe)] = seen
+    assert argv == ["--demo", "--cpu", "--output", "x", "--max-steps", "9", "--resume"]
+    step = recipe["QUESTIONS_PER_STEP"] * recipe["COMPLETIONS_PER_QUESTION"]
+    assert recipe["SAVE_EVERY"] == 1 and recipe["MICRO_BATCH"] == step == 32
 
 
-def test_check_gpu_makes_its_own_model():
+# ------------------------------------------------------------------------------------------------- bench_speed.py
+SMALL = ["--questions", "2", "--tokens", "12", "--rounds", "1", "--micro-batch", "4"]
+
+
+@pytest.fixture
+def loud():
+    """The benchmark silences what the libraries say; afterwards they may speak again."""
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def test_bench_speed(tmp_path, capsys, loud):
+    """TRL and ours train on the same completions, ours with fewer tokens, and with fewer still where groups are flat;
+    the tutorial's settings pass all of them through a reference model as well."""
+    file = tmp_path / "speed.json"
+    flags = ["--what", "training", "--weights", "full", "--flat", "0", "0.5", "--json", str(file)]
+    bench_speed.main([*SMALL, *flags])
+    rows = [run["figures"] for run in json.loads(file.read_text(encoding="utf-8"))["runs"]]
+    tutorial, trl, ours, flat = (row["tokens computed"] for row in rows)
+    assert tutorial > 1.5 * trl and trl > ours > 1.3 * flat > 0
+    assert all(row["peak GB"] > 0.1 and row["training half s"] > 0 for row in rows)
+    said = capsys.readouterr().out
+    assert "floor at this machine's" in said and "| this project; 50% of groups flat |" in said
+
+
+def test_bench_speed_of_a_real_model(demo_base, tmp_path, capsys, loud):
+    """With a model's folder and its samples these are trained on, cut at the limit; a step draws its own completions,
+    and generation alone trains nothing."""
+    model, file, traces = str(demo_base / "model"), tmp_path / "speed.json", tmp_path / "questions.jsonl"
+    samples = [{"text": "<think>\n5*60=300\n</think>" + "好" * i, "ended": True} for i in range(8)]
+    lines = [{"question": f"{i}分钟多少秒", "samples": samples} for i in (5, 6)]
+    traces.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    flags = ["--model", model, "--traces", str(traces), "--weights", "lora", "--variants", "ours", "--flat", "0"]
+    bench_speed.main([*SMALL, *flags, "--what", "training", "generation", "step", "--json", str(file)])
+    runs = json.loads(file.read_text(encoding="utf-8"))["runs"]
+    training, generation, step = (run["figures"] for run in runs)
+    assert [run["what"] for run in runs] == ["training", "generation", "step"]
+    assert training.keys() & generation.keys() == {"peak GB"} and step.keys() > training.keys() | generation.keys()
+    assert 16 <= step["tokens drawn"] <= 16 * 12 and step["step s"] > step["training half s"] > 0
+    assert "12 tokens, the replayed ones 12 on average" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--questions 3"):
+        bench_speed.main([*flags, "--questions", "3"])
+    with pytest.raises(UserError, match="go together"):
+        bench_speed.main(["--model", model])
+
+
+def test_bench_speed_loads_another_checkout(tmp_path):
+    """Its trainer runs on its own modules, also of the time before engine/, and ours stay what they are."""
+    new, old = tmp_path / "new", tmp_path / "old"
+    shutil.copytree(bench_speed.ROOT / "engine", new / "engine")
+    for name in ("prompts.py", "rewards.py"):
+        shutil.copy(bench_speed.ROOT / name, new)
+    console = new / "engine" / "console.py"
+    console.write_text(console.read_text(encoding="utf-8") + "\nMARK = 1\n", encoding="utf-8")
+    old.mkdir()
+    (old / "console.py").write_text("MARK = 2\n")
+    (old / "trainer.py").write_text("import console, prompts\nclass CarefulTrainer:\n    mark = console.MARK\n")
+    (old / "prompts.py").write_text("")
+    (old / "rollout.py").write_text("class Rollout:\n    pass\n")
+    before = {name: sys.modules.get(name) for name in ("engine", "engine.trainer", "prompts", "console")}
+    theirs, oldest = bench_speed.load_checkout(new), bench_speed.load_checkout(old)
+    assert theirs.trainer is not bench_speed.CarefulTrainer and theirs.rollout is not bench_speed.Rollout
+    used = theirs.trainer._load_from_checkpoint.__globals__["check_fits"].__globals__["UserError"]
+    assert used is not UserError and used.__module__ == "engine.console" and oldest.trainer.mark == 2
+    assert {name: sys.modules.get(name) for name in before} == before and before["console"] is None
+    assert not [path for path in sys.path if path.startswith(str(tmp_path))]
+    for folder in (tmp_path, bench_speed.ROOT):
+        with pytest.raises(UserError, match="--against"):
+            bench_speed.load_checkout(folder)
+
+
+def test_bench_speed_compares_round_by_round():
+    """Medians with smallest and largest; a ratio is of one round, and generation is compared by tokens a second."""
+    runs = [
+        {"what": what, "weights": "full", "variant": name, "flat": flat, "figures": figures}
+        for a, b in ((2, 1), (6, 2), (8, 2))
+        for what, name, flat, figures in (
+            ("training", "TRL", 0.0, {"training half s": a, "tokens computed": 100}),
+            ("training", "ours", 0.4, {"training half s": b, "tokens computed": 50}),
+            ("generation", "TRL", 0.0, {"generation s": a, "tokens/s": 10.0}),
+            ("generation", "ours", 0.0, {"generation s": a, "tokens/s": 10.0 * b}),
+        )
+    ]
+    assert bench_speed.table(runs, "training", "full").splitlines()[4:] == [
+        "| TRL | 6.00 (2.00 to 8.00) | 100 | 1.00 |",
+        "| ours; 40% of groups flat | 2.00 (1.00 to 2.00) | 50 | 3.00 (2.00 to 4.00) |",
+    ]
+    assert bench_speed.table(runs, "generation", "full").endswith("| 20 (10 to 20) | 2.00 (1.00 to 2.00) |")
+
+
+# ------------------------------------------------------------------------------------------- the checks of a machine
+def test_check_rollout(capsys):
+    """The loop agrees with transformers here, too."""
+    check_rollout.main()
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_check_gpu_makes_its_own_model(monkeypatch):
     """The flags that the README names for train_grpo.py are refused: its ten steps would land in a run's folder."""
     for flags in (["--model", "output/sft"], ["--output=output/grpo"]):
-        assert flags[0].split("=")[0] in error_line(run_script("studies/check_gpu.py", *flags, expect=2))
+        monkeypatch.setattr(sys, "argv", ["check_gpu.py", *flags])
+        with pytest.raises(UserError, match=flags[0].split("=")[0]):
+            check_gpu.main()
 
 
 def test_check_gpu_trains_on_every_completion(monkeypatch):
@@ -116,47 +188,20 @@ def test_check_gpu_trains_on_every_completion(monkeypatch):
     assert len(set(rewards[0](texts))) == 8 and train_grpo.default_recipe()["REWARD_WEIGHTS"][0] > 0
 
 
-def test_study_prompts(demo_base, tmp_path):
-    """Each prompt is asked as the table says; what was asked is not asked again, nor mixed with another study."""
-    command = ["studies/study_prompts.py", demo_base / "model", demo_base / "data", "--cpu", "--output", tmp_path]
-    done = run_script(*command, "--questions", 4, "--prompts", "turn", "tutorial")
-    rows = {
-        name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-        for name in ("turn", "tutorial")
-    }
-    assert [row["question"] for row in rows["turn"]] == [row["question"] for row in rows["tutorial"]]
-    assert min(row["prompt_tokens"] for row in rows["turn"]) > max(row["prompt_tokens"] for row in rows["tutorial"])
-    test = {prompt[-1]["content"] for prompt in load_questions(str(demo_base / "data"), "test")["prompt"]}
-    assert len(rows["turn"]) == 4 and not test & {row["question"] for row in rows["turn"]}
-    again = run_script(*command, "--questions", 4, "--prompts", "turn", "tutorial")
-    assert again.stdout.strip() in done.stdout and again.stdout.count("short example") == 1
-    assert "--output" in error_line(run_script(*command, "--questions", 5, expect=2))
-
-
-def test_bench_real_step(demo_base, tmp_path):
-    """TRL and ours take a step each on the same questions; the tutorial's settings bring a reference model along."""
-    file = tmp_path / "runs.json"
-    base = ["--model", demo_base / "model", "--dataset", demo_base / "data", "--json", file]
-    done = run_script("studies/bench_real_step.py", *base, "--rounds", 1)
-    runs = json.loads(file.read_text(encoding="utf-8"))
-    assert list(runs) == ["TRL, tutorial's settings", "TRL, our settings", "ours"]
-    for [made] in runs.values():
-        assert 0 < made["generation"] < made["seconds"] and made["tokens"] > 16
-    assert "| ours |" in done.stdout
-
-
-def test_fuzz_rewards(tmp_path):
+def test_fuzz_rewards(tmp_path, capsys):
     """Both kinds of text are tried, and earn all rewards often enough that the checks mean something."""
     file = tmp_path / "eval.jsonl"
     row = {"completion": "<think>\n9 * 2 = 18\n</think>\n<answer>\n18 元\n</answer>"}
     file.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
-    for more in ([], ["--texts", file]):
-        done = run_script("studies/fuzz_rewards.py", "--count", 3000, *more)
-        assert "faults        none" in done.stdout
-        shares = [float(share) for share in re.findall(r"([\d.]+)% \w+_reward", done.stdout)]
+    for more in ([], ["--texts", str(file)]):
+        fuzz_rewards.main(["--count", "3000", *more])
+        said = capsys.readouterr().out
+        assert "faults        none" in said
+        shares = [float(share) for share in re.findall(r"([\d.]+)% \w+_reward", said)]
         assert len(shares) == 5 and min(shares) > 1
     file.write_text('{"question": "?"}\n', encoding="utf-8")
-    assert "--texts" in error_line(run_script("studies/fuzz_rewards.py", "--texts", file, expect=2))
+    with pytest.raises(UserError, match="--texts"):
+        fuzz_rewards.main(["--texts", str(file)])
 
 
 def test_fuzz_finds_a_broken_reward(monkeypatch):
@@ -166,64 +211,78 @@ def test_fuzz_finds_a_broken_reward(monkeypatch):
         fuzz_rewards.main(["--count", "2000"])
 
 
-def test_study_advantages(demo_base, tmp_path):
-    """The same completions under every set; correctness alone pays right ones only, and what is drawn is kept."""
-    command = ["studies/study_advantages.py", demo_base / "model", demo_base / "data", "--cpu", "--output", tmp_path]
-    done = run_script(*command, "--questions", 3)
-    rows = [json.loads(line) for line in (tmp_path / "plain.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert len(rows) == 3 * 8 and len({row["question"] for row in rows}) == 3
-    assert f"right ({sum(row['strict'] for row in rows)})" in done.stdout
-    assert run_script(*command, "--questions", 3).stdout == done.stdout
-    totals = study_advantages.SETS["correctness only"](rows)
-    assert totals == [2.0 * row["strict"] for row in rows]
-    values, flat = study_advantages.advantages([0.0, 2.0, 1.0, 1.0], 2)
-    assert values == pytest.approx([-1.2246, 1.2246, 0.0, 0.0], abs=1e-3) and flat == 0.5
+# ------------------------------------------------------------------------------------------------------- many runs
+@pytest.fixture
+def small_data(demo_base, tmp_path):
+    """A data set folder with a few of the demo's questions."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split, count in (("train", 30), ("test", 6)):
+        rows = load_questions(str(demo_base / "data"), split).to_list()[:count]
+        lines = [json.dumps(to_row(row["prompt"][-1]["content"], row["answer"])) + "\n" for row in rows]
+        (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
 
 
-def test_study_gguf(demo_base, tmp_path, monkeypatch, capsys):
-    """The Modelfile's prompt and parameters reach the server, and an answer that departs is counted and placed."""
-    from engine.model_card import modelfile
-    from engine.models import encode, load_model
-    from engine.questions import to_conversation
-    from engine.rollout import make_sampler
+def test_compare_arms(demo_base, small_data, tmp_path, capsys):
+    """Every arm is trained under its own constants and measured; the same command finds it done, another is refused."""
+    output = tmp_path / "arms"
+    command = [str(demo_base / "model"), str(small_data), "--cpu", "--output", str(output)]
+    command += ["--train", str(demo_base / "data"), "--arms", "right", "tutorial", "--seeds", "7", "--steps", "1"]
+    command += ["--questions", "4", "--samples", "1", "--set", "MAX_COMPLETION_TOKENS=24", "QUESTIONS_PER_STEP=1"]
+    compare_arms.main(command)
+    table = (output / "table.md").read_text(encoding="utf-8").splitlines()
+    assert len(table) == 2 + 3 and len({line.count(" | ") for line in table}) == 1
+    assert [" (p = " in line for line in table[2:]] == [False, True, True]
+    recipes = [json.loads((output / f"{arm}-7/recipe/recipe.json").read_text()) for arm in ("right", "tutorial")]
+    assert [recipe["REWARD_WEIGHTS"][:2] for recipe in recipes] == [[0.0, 0.0], [1.0, 1.0]]
+    assert {recipe["MAX_COMPLETION_TOKENS"] for recipe in recipes} == {24} and recipes[0]["SEED"] == 7
+    read = {
+        name: json.loads((output / f"after-right-7/{name}/eval.json").read_text()) for name in ("greedy", "sampled")
+    }
+    assert read["greedy"]["n"] == 6 and read["sampled"]["n"] == 4 and read["sampled"]["samples"] == 1
+    assert load_questions(str(output / "questions"), "train").num_rows == demo.TRAIN_QUESTIONS
+    capsys.readouterr()
+    compare_arms.main(command)
+    said = capsys.readouterr().out
+    assert "=====" not in said and "\n".join(table) in said
+    with pytest.raises(UserError, match="steps 1, not 2.*--output"):
+        compare_arms.main([*command, "--steps", "2"])
 
-    folder = str(demo_base / "model")
-    model, tokenizer = load_model(folder)
-    sampler = make_sampler(model.eval(), tokenizer)
+
+def test_compare_arms_by_question(tmp_path):
+    """Nine questions won and one lost, whatever else both have right or wrong: 2 * (1 + 10) / 2**10."""
+    for name, marks in (("before", "1" + "0" * 9 + "110"), ("after", "0" + "1" * 9 + "110")):
+        (tmp_path / name / "greedy").mkdir(parents=True)
+        lines = [json.dumps({"completion": "\u2028", "strict": mark == "1"}, ensure_ascii=False) for mark in marks]
+        (tmp_path / name / "greedy" / "eval.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    before, after = tmp_path / "before", tmp_path / "after"
+    assert compare_arms.compare(before, after) == "9, 1 (p = 0.021)"
+    assert compare_arms.compare(after, before) == "1, 9 (p = 0.021)"
+    assert "(p = 1)" in compare_arms.compare(after, after)
+
+
+def test_study_demo(tmp_path, monkeypatch, capsys):
+    """A row a run; a finished run is not made again, a stopped one goes on."""
     asked = []
 
-    class Server:
-        """In the place of llama.cpp: the model itself, which takes another third token in every second answer."""
+    def train(argv, FAST_ROLLOUT):
+        folder, seed = (argv[argv.index(flag) + 1] for flag in ("--output", "--seed"))
+        asked.append((FAST_ROLLOUT, seed, "--resume" in argv))
+        probe = "<think>\n1\n</think>\n<answer>\n300\n</answer>"
+        results = {"finished": True, "seed": int(seed), "step_seconds": 0.5, "train_seconds": 20.0}
+        results |= {"before": {"strict": 0.25}, "after": {"strict": 1.0}, "probe": {"before": "60", "after": probe}}
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "results.json").write_text(json.dumps(results))
 
-        def __init__(self, settings):
-            assert settings.model.path == "some.gguf"
-
-        def handle_completions(self, request):
-            asked.append(request)
-            ids = tokenizer(request["prompt"], add_special_tokens=False)["input_ids"]
-            (tokens,) = sampler.generate([ids], request["max_tokens"])
-            if len(asked) % 2:
-                tokens[2] += 1
-            return {"__verbose": {"tokens_evaluated": len(ids), "tokens": tokens}}
-
-    def params():
-        return SimpleNamespace(model=SimpleNamespace(), cpuparams=SimpleNamespace(), cpuparams_batch=SimpleNamespace())
-
-    monkeypatch.setitem(sys.modules, "xllamacpp", SimpleNamespace(CommonParams=params, Server=Server))
-    saved = tmp_path / "model"
-    with pytest.raises(UserError, match="Modelfile"):
-        study_gguf.main([folder, "some.gguf", str(demo_base / "data")])
-    with pytest.raises(UserError, match="--questions 0"):
-        study_gguf.main([folder, "some.gguf", str(demo_base / "data"), "--questions", "0"])
-    shutil.copytree(folder, saved)
-    (saved / "Modelfile").write_text(modelfile(tokenizer, 40), encoding="utf-8")
-    study_gguf.main([str(saved), "some.gguf", str(demo_base / "data"), "--questions", "4"])
-    said = capsys.readouterr().out
-    assert "of 4 answers the same to the last token 2" in said and said.count("part at 2") == 2
-    assert asked[0]["temperature"] == 0 and asked[0]["max_tokens"] == 40 and asked[0]["stop"] == [tokenizer.eos_token]
-    (ids,) = encode(tokenizer, [to_conversation("5分钟多少秒")])
-    prompt, _ = study_gguf.read_modelfile(modelfile(tokenizer, 40))
-    assert tokenizer(prompt.replace("{{ $question }}", "5分钟多少秒"), add_special_tokens=False)["input_ids"] == ids
+    monkeypatch.setattr(study_demo, "train", train)
+    monkeypatch.setattr(demo, "make_demo", lambda folder: (str(folder / "model"), str(folder / "data")))
+    (tmp_path / "TRL-0" / "checkpoint-25").mkdir(parents=True)
+    study_demo.main(["--seeds", "1", "--output", str(tmp_path)])
+    assert asked == [(True, "0", False), (False, "0", True)]
+    assert "| TRL | 0 | 25.0% -> 100.0% | none -> 300 | 0.50 s | 20 s |" in capsys.readouterr().out
+    study_demo.main(["--seeds", "2", "--output", str(tmp_path)])
+    assert [seed for _, seed, _ in asked[2:]] == ["1", "1"]
 
 
 def test_average_models(demo_base, tmp_path):
@@ -238,16 +297,21 @@ def test_average_models(demo_base, tmp_path):
             part.save_pretrained(tmp_path / str(i))
     (tmp_path / "0" / "recipe").mkdir()
     (tmp_path / "0" / "recipe" / "recipe.json").write_text('{"SYSTEM_PROMPT": "as the first"}')
-    command = ["studies/average_models.py", *(tmp_path / str(i) for i in range(3)), "--output", tmp_path / "mean"]
-    run_script(*command)
+    names, output = [str(tmp_path / str(i)) for i in range(3)], ["--output", str(tmp_path / "mean")]
+    average_models.main([*names, *output])
     mean, _ = load_model(str(tmp_path / "mean"))
     for ours, its in zip(mean.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours, its * 3)
     assert find_beside(str(tmp_path / "mean"), "recipe/recipe.json") == {"SYSTEM_PROMPT": "as the first"}
-    assert "in use" in error_line(run_script(*command, expect=2))
     smaller = type(model)(type(model.config)(**(model.config.to_dict() | {"intermediate_size": 8})))
     for part in (smaller, tokenizer):
         part.save_pretrained(tmp_path / "smaller")
-    line = error_line(run_script(command[0], command[1], tmp_path / "smaller", "--output", tmp_path / "no", expect=2))
-    assert "another architecture" in line and not (tmp_path / "no").exists()
-    assert "alone" in error_line(run_script(command[0], command[1], "--output", tmp_path / "no", expect=2))
+    unused = ["--output", str(tmp_path / "no")]
+    for words, said in (
+        ([*names, *output], "in use"),
+        ([names[0], str(tmp_path / "smaller"), *unused], "another architecture"),
+        ([names[0], *unused], "alone"),
+    ):
+        with pytest.raises(UserError, match=said):
+            average_models.main(words)
+    assert not (tmp_path / "no").exists()

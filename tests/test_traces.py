@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FORK, error_line, run_main, run_script
+from conftest import FORK, conversation_about, error_line, run_main, run_script
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 import make_traces
 from engine import models
 from engine.console import UserError
-from engine.questions import load_questions, to_conversation
+from engine.questions import load_questions
 from engine.rollout import Sampler
-from make_traces import fault_of, judge, rewrite
+from engine.templates import encode
+from engine.traces import fault_of, judge, rewrite
 from prompts import ANSWER_COLUMN, QUESTION_COLUMN, WORKED_EXAMPLE
 from rewards import REWARD_MAXIMA, REWARDS
 
@@ -108,7 +109,7 @@ def test_judge():
     assert row["right"] == 7 and len(row["kept"]) == make_traces.KEEP
     assert "检验" in row["kept"][1] and [trace.split("：")[-1][0] for trace in row["kept"]] == list("0123")
     completions = [[{"role": "assistant", "content": trace}] for trace in row["kept"]]
-    rows = {"prompts": [to_conversation(QUESTION)] * len(completions), "answer": [72] * len(completions)}
+    rows = {"prompts": [conversation_about(QUESTION)] * len(completions), "answer": [72] * len(completions)}
     for reward, most in zip(REWARDS, REWARD_MAXIMA, strict=True):
         assert min(reward(completions=completions, **rows)) == most
     assert judge(QUESTION, 72, row["samples"]) == row  # its own line can be judged again
@@ -219,7 +220,7 @@ def test_loaded_in_bf16_as_if_cast(kind, taught, tmp_path, monkeypatch):
     assert all(torch.equal(loaded[name], weight) for name, weight in model.state_dict().items())
     for (name, cast), (_, buffer) in zip(model.named_buffers(), sampler.model.named_buffers(), strict=True):
         assert buffer.dtype == torch.float32 and torch.equal(buffer, cast), name
-    prompts = models.encode(tokenizer, [to_conversation("5分钟多少秒"), to_conversation("3小时是多少分钟？")] * 4)
+    prompts = encode(tokenizer, [conversation_about("5分钟多少秒"), conversation_about("3小时是多少分钟？")] * 4)
     draws = []
     for each in (sampler, Sampler(model.eval(), tokenizer)):
         torch.manual_seed(0)
@@ -244,7 +245,7 @@ def test_nothing_kept(demo_output):
         (["--skip", "99999", "--output", "{output}"], "--skip 99999: .* has only"),
         (["--free", "--demo"], "leave out --free"),
         (["--model", "./nowhere", "--output", "{output}"], "'./nowhere'"),
-        (["--output", __file__], "cannot be used"),
+        (["--output", __file__], "is a file"),
     ],
 )
 def test_refused(flags, words, tmp_path, demo_base):
@@ -293,7 +294,9 @@ def test_free(tmp_path, monkeypatch, capsys):
     make_traces.main(arguments)
     lines = [json.loads(line) for line in (output / "traces.jsonl").read_text(encoding="utf-8").splitlines()]
     assert "sifted     none" in capsys.readouterr().out  # all of them are always right
-    assert [line["prompt"] for line in lines[:: make_traces.KEEP]] == [to_conversation(f"{QUESTION}{i}") for i in "012"]
+    assert [line["prompt"] for line in lines[:: make_traces.KEEP]] == [
+        conversation_about(f"{QUESTION}{i}") for i in "012"
+    ]
     assert "boxed" not in str(lines) and boxer.drawn == 3 * make_traces.SAMPLES
     with pytest.raises(UserError, match="free True"):  # not with those drawn under another prompt
         make_traces.main(arguments[1:])
@@ -356,7 +359,7 @@ def test_a_trained_model_is_asked_as_it_was_trained(tmp_path, monkeypatch, capsy
         assert "按格式" in asked[-1] and (WORKED_EXAMPLE[0]["content"] in asked[-1]) == bool(example)
         assert "its traces get that of prompts.py" in capsys.readouterr().out
         (line,) = map(json.loads, (output / "traces.jsonl").read_text(encoding="utf-8").splitlines())
-        assert line["prompt"] == to_conversation(QUESTION)
+        assert line["prompt"] == conversation_about(QUESTION)
     make_traces.main([*flags[:-1], str(tmp_path / "shown"), "--example", "--cpu"])
     assert "按格式" in asked[-1] and WORKED_EXAMPLE[0]["content"] in asked[-1]
     recipe["EXAMPLE"] = []  # --example shows it to one that was trained without, and that is another way of asking
@@ -365,7 +368,7 @@ def test_a_trained_model_is_asked_as_it_was_trained(tmp_path, monkeypatch, capsy
     with pytest.raises(UserError, match="name another --output"):
         make_traces.main([*flags[:-1], str(tmp_path / "shown"), "--cpu"])
     (line,) = map(json.loads, (tmp_path / "shown/traces.jsonl").read_text(encoding="utf-8").splitlines())
-    assert line["prompt"] == to_conversation(QUESTION) and len(asked) == 3 * make_traces.SAMPLES
+    assert line["prompt"] == conversation_about(QUESTION) and len(asked) == 3 * make_traces.SAMPLES
 
 
 def test_sifted(tmp_path, monkeypatch):

@@ -1,0 +1,93 @@
+"""The folder that a run writes to: whether it can, and that no other run does so at the same time."""
+
+import os
+import platform
+import tempfile
+from pathlib import Path
+
+from engine.console import UserError, first_line, note
+
+HELD: set[Path] = set()  # the lock files that this process holds
+
+
+def existing(output: Path) -> Path:
+    """The folder itself, or the nearest one above it that is there."""
+    return next(path for path in (output, *output.absolute().parents) if path.exists())
+
+
+def check_writable(output: Path) -> None:
+    """Raises UserError where nothing can be written to `output`, be it there already or not."""
+    try:
+        with tempfile.TemporaryFile(dir=existing(output)):  # tried: no look at permissions tells about all file systems
+            pass
+    except OSError as error:
+        what = "is a file" if output.is_file() else f"cannot be written to ({error.strerror})"
+        raise UserError(f"--output {str(output)!r} {what}; name another folder") from error
+
+
+def lock(output: Path) -> None:
+    """Make `output` where it is not there, and keep other processes from writing a run there until this one ends.
+
+    The operating system releases the lock, also after kill -9. `.lock` names the process that holds it or held it last,
+    and stays: a lock file that is deleted can be held twice.
+
+    Raises:
+        UserError: another process holds the lock, or the folder cannot be written to.
+    """
+    check_writable(output)
+    output.mkdir(parents=True, exist_ok=True)
+    path = (output / ".lock").resolve()
+    if path in HELD:
+        return
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # stays open: closing it would release the lock
+        if not _try_lock(handle):
+            os.lseek(handle, 0, os.SEEK_SET)
+            holder = os.read(handle, 100).decode(errors="replace").strip()
+            os.close(handle)
+            raise UserError(
+                f"another run is writing to {str(output)!r}: process {holder}; wait for it, end it, or name another "
+                "folder with --output"
+            )
+        HELD.add(path)
+        os.ftruncate(handle, 0)
+        os.write(handle, f"{os.getpid()} on {platform.node()}".encode())
+    except OSError as error:  # network file systems exist that know no locks
+        note(f"{str(output)!r} cannot be locked ({first_line(error)}); start no other run there before this one ends")
+
+
+def _try_lock(handle: int) -> bool:
+    """Lock an open file without waiting; False where another process has locked it."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            os.lseek(handle, 1 << 20, os.SEEK_SET)  # far behind the text: what Windows locks, nobody else can read
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+            os.lseek(handle, 0, os.SEEK_SET)
+        else:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # the first on POSIX, the second on Windows
+        return False
+    return True
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders and needs none synced
+        return
+    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write all of it or nothing: readers never meet half a file."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
+    os.replace(temporary, path)
