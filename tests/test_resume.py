@@ -20,6 +20,7 @@ from trl.trainer.utils import RepeatSampler
 import train_grpo
 from engine import models, rollout
 from engine.rollout import Rollout, Sampler
+from engine.templates import encode
 from prompts import QUESTION_COLUMN
 
 # Twelve questions, four a step: a pass is three steps, and the run has three passes.
@@ -111,7 +112,6 @@ DRIVER = """
 import json, os, sys
 import train_grpo
 from engine import rollout
-from engine.templates import encode
 generate = rollout.Rollout.__call__
 def record(self, prompts, trainer):
     with open(os.environ["ASKED"] + os.environ["RANK"], "a") as file:
