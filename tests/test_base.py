@@ -161,17 +161,18 @@ def test_what_is_provided(untaught, tmp_path, monkeypatch):
     monkeypatch.setattr(pretraining.demo, "make_demo", made.append)
     monkeypatch.setattr(pretraining, "make_base", made.append)
     cache = tmp_path / "base"
-    pretraining.provide(cache, None, None)
+    model, data = demo.folders(cache)
+    pretraining.provide(cache, model, data)
     pretraining.provide(cache, str(untaught), "data")
     assert made == [cache, untaught] and not cache.exists()
-    pretraining.provide(cache, "somebody/elses", None)
+    pretraining.provide(cache, "somebody/elses", data)
     assert len(made) == 2 and sorted(path.name for path in cache.iterdir()) == ["data"]
     assert pretraining.is_ours("output/demo/base/student") and not pretraining.is_ours("models/student")
 
 
 def test_data_is_the_demos(demo_base, tmp_path):
     """A run from a named model has the questions that the demo's own base is measured on."""
-    pretraining.provide(tmp_path, "somebody/elses", None)
+    pretraining.provide(tmp_path, "somebody/elses", demo.folders(tmp_path)[1])
     for split in ("train", "test"):
         [file], [same] = ([*(folder / "data" / split).glob("*.arrow")] for folder in (tmp_path, demo_base))
         assert file.read_bytes() == same.read_bytes()

@@ -175,7 +175,7 @@ def test_repetition(text, repeats):
     assert monitor.repeats_itself(text) is repeats
 
 
-def test_a_step_that_is_not_finite_ends_the_run_unsaved(demo_output, monkeypatch):
+def test_a_step_that_is_not_finite_ends_the_run_unsaved(demo_output):
     """A reward of the second step that is no number: the step is named, and nothing is saved after the first one."""
     calls = []
 
@@ -183,9 +183,9 @@ def test_a_step_that_is_not_finite_ends_the_run_unsaved(demo_output, monkeypatch
         calls.append(len(completions))
         return [math.nan if len(calls) == 2 else 0.5] * len(completions)
 
-    monkeypatch.setitem(REWARDS, 0, mark_reward)
     with pytest.raises(UserError, match="^step 2: rewards/mark_reward/mean not finite"):
-        run_main(train_grpo.main, "--demo", "--output", demo_output, "--max-steps", 3, SAVE_EVERY=1)
+        rewards = [mark_reward, *REWARDS[1:]]
+        run_main(train_grpo.main, "--demo", "--output", demo_output, "--max-steps", 3, SAVE_EVERY=1, REWARDS=rewards)
     assert [path.name for path in demo_output.glob("checkpoint-*")] == ["checkpoint-1"]
     assert (demo_output / "curves.png").exists() and not (demo_output / "model.safetensors").exists()
 
