@@ -87,7 +87,7 @@ def prompt_of(model: str, untrained: list[dict]) -> list[dict]:
     trained = trained_recipe(model)  # of a folder from before templates carried the prompt
     if "SYSTEM_PROMPT" not in trained:
         return untrained
-    return [{"role": "system", "content": trained["SYSTEM_PROMPT"]}, *trained["EXAMPLE"]]
+    return [{"role": "system", "content": trained["SYSTEM_PROMPT"]}, *trained.get("EXAMPLE", [])]
 
 
 # What others read of the recipe.json of a training, and its types.
