@@ -131,7 +131,7 @@ def run_chat(monkeypatch, capsys) -> Callable[..., str]:
 
     def ask(*flags: object, stdin: str) -> str:
         monkeypatch.setattr(sys, "argv", ["chat.py", *map(str, flags)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), "utf-8"))
         capsys.readouterr()
         with contextlib.suppress(EOFError):  # the end of a pipe
             chat.main()
