@@ -7,9 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import run_main
 from datasets import Dataset, load_from_disk
 from test_checkpoints import SMALL
-from test_traces import QUESTION, Boxer, Letters
+from test_traces import Boxer, Letters, write_data
 
 import make_traces
 import train_grpo
@@ -17,7 +18,8 @@ import train_sft
 from engine import checkpoints
 from engine.console import UserError
 from engine.fingerprints import fingerprint_rows, fingerprint_weights
-from engine.questions import drop_tested, load_questions, pairs_of, to_row
+from engine.questions import load_questions, load_splits, pairs_of, to_row
+from engine.traces import to_trace
 from prompts import ANSWER_COLUMN, QUESTION_COLUMN
 
 ROWS = [to_row(f"小明第{i}次买了几个？", i) for i in range(20)]
@@ -89,7 +91,7 @@ def test_rows_are_told_by_their_content():
 # ----------------------------------------------------------------------------------------------- where work continues
 def test_samples_belong_to_weights(tmp_path, monkeypatch):
     """make_traces.py goes on with samples of the same weights, copied or not recorded before, and refuses others."""
-    data = make(tmp_path / "data", lines([to_row(f"{QUESTION}{i}", 72) for i in range(3)]))
+    data = write_data(tmp_path / "data", *range(3))
     model, log = save_weights(tmp_path / "model", b"old"), tmp_path / "out" / "questions.jsonl"
     boxer = Boxer()
     monkeypatch.setattr(make_traces, "load_sampler", lambda *_: (boxer, Letters()))
@@ -123,15 +125,14 @@ def adapter_run(demo_base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter")
     shutil.copytree(demo_base / "model", folder / "model")
     data = load_from_disk(demo_base / "data")
-    train, test = ([to_row(*pair) for pair in zip(*data[split][:6].values(), strict=True)] for split in data)
-    make(folder / "data", lines([*train, test[0]]), lines(test))
-    files = ["--model", str(folder / "model"), "--dataset", str(folder / "data"), "--output", str(folder / "run")]
+    train, test = ([to_row(*pair) for pair in zip(*data[split][:10].values(), strict=True)] for split in data)
+    test = test[:6]
+    make(folder / "data", lines([test[0], *train]), lines(test))  # the last two of train are development questions
+    files = ["--model", folder / "model", "--dataset", folder / "data", "--output", folder / "run"]
+    constants = SMALL | {"USE_LORA": True, "COMPLETIONS_PER_QUESTION": 2, "MICRO_BATCH": 4, "DEV_QUESTIONS": 2}
 
     def go_on(steps: int, *flags: str) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in (SMALL | {"USE_LORA": True, "COMPLETIONS_PER_QUESTION": 2, "MICRO_BATCH": 4}).items():
-                patch.setattr(train_grpo, name, value)
-            train_grpo.main(["--cpu", *files, "--max-steps", str(steps), *flags])
+        run_main(train_grpo.main, "--cpu", *files, "--max-steps", steps, *flags, **constants)
 
     go_on(1)
     return SimpleNamespace(folder=folder, train=train, test=test, go_on=go_on)
@@ -163,37 +164,42 @@ def test_other_training_rows_are_named(adapter_run, capsys):
     (adapter_run.folder / "data" / "train.jsonl").write_text(lines([adapter_run.test[0], *adapter_run.train[1:]]))
     adapter_run.go_on(2, "--resume")
     said = capsys.readouterr().out
-    assert "note: from checkpoint-1 on TRAIN_READ is '6 rows, " in said and "no longer '7 rows, " in said
+    assert "note: from checkpoint-1 on TRAIN_READ is '7 rows, " in said and "no longer '8 rows, " in said
     first = adapter_run.test[0][QUESTION_COLUMN]
     assert f"1 training questions dropped that the test split asks too, the first is {first!r}" in said
-    assert "MODEL_READ is" not in said and "TEST_READ is" not in said
+    assert not any(f"{name}_READ is" in said for name in ("MODEL", "DEV", "TEST"))
     recipe = json.loads((adapter_run.folder / "run/recipe/recipe.json").read_text())
-    assert recipe["TRAIN_READ"].startswith("6 rows") and recipe["TEST_READ"].startswith("6 rows")
+    assert [recipe[f"{name}_READ"].split(",")[0] for name in ("TRAIN", "DEV", "TEST")] == ["7 rows", "2 rows", "6 rows"]
     assert recipe["MODEL_READ"] == fingerprint_weights(str(adapter_run.folder / "model"))
+
+
+def test_other_development_questions_are_named(adapter_run, capsys):
+    """Changed development questions, which the best checkpoint is chosen by, are named and do not end the run."""
+    rows = [adapter_run.test[0], *adapter_run.train[1:-1], to_row("7加8等于几？", 15)]
+    (adapter_run.folder / "data" / "train.jsonl").write_text(lines(rows))
+    adapter_run.go_on(3, "--resume")
+    assert "note: from checkpoint-2 on DEV_READ is '2 rows, " in capsys.readouterr().out
 
 
 def test_sft_measures_the_same_too(demo_base, tmp_path):
     """train_sft.py refuses another test split on resume as train_grpo.py does."""
     data = load_from_disk(demo_base / "data")
-    rows = [to_row(*pair) for pair in zip(*data["test"][:6].values(), strict=True)]
-    make(tmp_path / "data", lines(rows))
+    train, test = ([to_row(*pair) for pair in zip(*data[split][:10].values(), strict=True)] for split in data)
+    make(tmp_path / "data", lines(train), lines(test[:6]))
     traces = [
         {"prompt": [{"role": "user", "content": f"{i}+1="}]}
-        | {"completion": [{"role": "assistant", "content": make_traces.to_trace("想一想", i + 1)}]}
+        | {"completion": [{"role": "assistant", "content": to_trace("想一想", i + 1)}]}
         for i in range(4)
     ]
     (tmp_path / "traces.jsonl").write_text(lines(traces))
-    flags = ["--cpu", "--model", str(demo_base / "model"), "--dataset", str(tmp_path / "data")]
-    flags += ["--traces", str(tmp_path / "traces.jsonl"), "--output", str(tmp_path / "run")]
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"ROWS_PER_STEP": 2, "MICRO_BATCH": 2}.items():
-            patch.setattr(train_sft, name, value)
-        for name, value in (SMALL | {"QUESTIONS_PER_STEP": 32}).items():
-            patch.setattr(train_grpo, name, value)
-        train_sft.main([*flags, "--max-steps", "1"])
-        make(tmp_path / "data", lines(rows[:4]))
-        with pytest.raises(UserError, match="TEST_READ was '6 rows, .* and is '4 rows"):
-            train_sft.main([*flags, "--max-steps", "2", "--resume"])
+    flags = ["--cpu", "--model", demo_base / "model", "--dataset", tmp_path / "data"]
+    flags += ["--traces", tmp_path / "traces.jsonl", "--output", tmp_path / "run"]
+    constants = {name: value for name, value in SMALL.items() if name in train_sft.default_recipe()}
+    constants |= {"ROWS_PER_STEP": 2, "MICRO_BATCH": 2, "DEV_QUESTIONS": 2}
+    run_main(train_sft.main, *flags, "--max-steps", 1, **constants)
+    make(tmp_path / "data", lines(train), lines(test[:4]))
+    with pytest.raises(UserError, match="TEST_READ was '6 rows, .* and is '4 rows"):
+        run_main(train_sft.main, *flags, "--max-steps", 2, "--resume", **constants)
 
 
 @pytest.mark.parametrize("lora", [True, False])
@@ -216,14 +222,16 @@ def test_what_fits_and_what_does_not(lora, tmp_path):
 
 def test_test_questions_are_not_learned(tmp_path, capsys):
     """What the test split asks falls out of the training questions; where nothing is left, that is refused."""
-    data = make(tmp_path, lines(ROWS[:10]), lines(ROWS[8:]))
-    train, test = load_questions(data, "train"), load_questions(data, "test")
-    assert [label for _, label in pairs_of(drop_tested(train, test))] == list(range(8))
+    data = make(tmp_path, lines([*ROWS[8:10], *ROWS[:8]]), lines(ROWS[8:]))
+    assert [label for _, label in pairs_of(load_splits(data, 2)[0])] == list(range(6))
     said = capsys.readouterr().out
     assert "2 training questions dropped" in said and repr(ROWS[8][QUESTION_COLUMN]) in said
-    assert drop_tested(train, test.select([5])).to_list() == train.to_list() and not capsys.readouterr().out
-    with pytest.raises(UserError, match="every training question"):
-        drop_tested(train, train)
+    data = make(tmp_path, lines(ROWS[:10]), lines(ROWS[10:]))
+    train, dev, _ = load_splits(data, 2)
+    assert [label for rows in (train, dev) for _, label in pairs_of(rows)] == list(range(10))
+    assert not capsys.readouterr().out
+    with pytest.raises(UserError, match="has 0 training questions that the test split does not ask"):
+        load_splits(make(tmp_path, lines(ROWS)), 2)
 
 
 # ------------------------------------------------------------------------------------------------- folders and files

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 from conftest import conversation_about
+from test_templates import make_tokenizer
 
 import prompts
 from engine.console import UserError, refuse_missing_folder
-from engine.questions import load_questions
-from prompts import ANSWER_COLUMN, OPEN_SYSTEM_PROMPT, QUESTION_COLUMN, SYSTEM_PROMPT, WORKED_EXAMPLE
+from engine.questions import load_questions, pairs_of
+from engine.templates import CHATML_TEMPLATE, carry_prompt, render, todays_prompt
+from prompts import ANSWER_COLUMN, OPEN_SYSTEM_PROMPT, QUESTION_COLUMN, WORKED_EXAMPLE
 from rewards import REWARD_MAXIMA, REWARDS
 
 GOOD = [("3加4等于几？", 7), ("1分钟是多少秒？", 60)]
@@ -27,10 +29,9 @@ def load(folder: Path, rows: list[tuple], **kwargs) -> list[tuple]:
     for split in ("train", "test"):
         write_split(folder, split, rows, **kwargs)
     questions = load_questions(str(folder), "train")
-    assert all(prompt == conversation_about(prompt[-1]["content"]) for prompt in questions["prompt"])
-    return [
-        (prompt[-1]["content"], label) for prompt, label in zip(questions["prompt"], questions["answer"], strict=True)
-    ]
+    asked = [question for question, _ in pairs_of(questions)]
+    assert questions["prompt"][:] == [[{"role": "user", "content": question}] for question in asked]
+    return pairs_of(questions)
 
 
 def test_good_rows(tmp_path, capsys):
@@ -40,14 +41,18 @@ def test_good_rows(tmp_path, capsys):
 
 
 def test_example(tmp_path, monkeypatch):
-    """EXAMPLE stands before every question that has a label; the one here earns all that the rewards can pay."""
+    """A model's template puts EXAMPLE before every question that has a label, and before no other; the one here earns
+    all that the rewards can pay."""
     monkeypatch.setattr(prompts, "EXAMPLE", WORKED_EXAMPLE)
+    plain = make_tokenizer(CHATML_TEMPLATE)
+    carrying = make_tokenizer(carry_prompt(CHATML_TEMPLATE, todays_prompt()))
     load(tmp_path, GOOD)
-    system, user = {"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": GOOD[0][0]}
-    assert load_questions(str(tmp_path), "train")["prompt"][0] == [system, *WORKED_EXAMPLE, user]
+    for (question, _), prompt in zip(GOOD, load_questions(str(tmp_path), "train")["prompt"], strict=True):
+        assert render(carrying, prompt) == render(plain, conversation_about(question, example=WORKED_EXAMPLE))
     write_split(tmp_path, "train", [*GOOD, ("为什么？", None)])
     *_, unlabelled = load_questions(str(tmp_path), "train", unlabelled=True)["prompt"]
     assert [turn["content"] for turn in unlabelled] == [OPEN_SYSTEM_PROMPT, "为什么？"]
+    assert render(carrying, unlabelled) == render(plain, unlabelled)
     asked, answered = WORKED_EXAMPLE
     row = {"prompts": [[asked]], "completions": [[answered]], "answer": [42]}
     assert [reward(**row)[0] for reward in REWARDS] == list(REWARD_MAXIMA)

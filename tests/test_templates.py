@@ -28,10 +28,12 @@ import evaluate
 import make_traces
 import train_grpo
 import train_sft
-from engine import models
+from engine import models, runs
 from engine.console import UserError
 from engine.numbers import TAGS, is_hard_format
+from engine.questions import to_prompt
 from engine.rollout import PlainSampler, Sampler
+from engine.templates import CHATML_TEMPLATE, PLAIN_TEMPLATE, fit_template, own_template, render
 from prompts import SYSTEM_PROMPT, WORKED_EXAMPLE
 
 QWEN = ROOT.parent / "shared" / "data" / "qwen2.5_tokenizer"
@@ -53,16 +55,13 @@ qwen3_training qwen3_5_nothink qwen3_5_nothink_training qwen3_5_think qwen3_5_th
 qwen3_8 qwen3_8_training
 """
 SYSTEM_FIRST = "gemma gemma_training"
-AROUND = """
-deepseek_r1_distill deepseek_r1_distill_training deepseekv3 deepseekv3_training gptoss gptoss_training muse_glimmer
-muse_glimmer_training
-"""
 BASE = "glm4moe"  # it ends no turn
 REFUSED = """
-glm4moe_training idefics3 idefics3_training llava_next llava_next_training smolvlm smolvlm_training
+deepseek_r1_distill deepseek_r1_distill_training deepseekv3 deepseekv3_training glm4moe_training gptoss gptoss_training
+idefics3 idefics3_training llava_next llava_next_training muse_glimmer muse_glimmer_training smolvlm smolvlm_training
 """
 WAYS = {"as it is": AS_IT_IS, "plain ChatML": CHATML, "the system prompt opens": SYSTEM_FIRST}
-WAYS |= {"a template around it": AROUND, "is a base model": BASE, "refused": REFUSED}
+WAYS |= {"is a base model": BASE, "refused": REFUSED}
 WAYS = {name: way for way, names in WAYS.items() for name in names.split()}
 
 # Others, as they behave
@@ -149,10 +148,10 @@ def settled(template: str, way: str, capsys) -> PreTrainedTokenizerFast | None:
     tokenizer = make_tokenizer(template)
     if way == "refused":
         with pytest.raises(UserError, match="its chat template|the chat template of .* takes no plain turns") as error:
-            models.settle_template(tokenizer, ends_of(tokenizer), "mine")
+            fit_template(tokenizer, ends_of(tokenizer), "mine")
         assert "\n" not in str(error.value) and "name another model" in str(error.value)
         return None
-    models.settle_template(tokenizer, ends_of(tokenizer), "mine")
+    fit_template(tokenizer, ends_of(tokenizer), "mine")
     said = capsys.readouterr().out
     if way == "as it is":
         assert not said and tokenizer.chat_template == template
@@ -178,12 +177,12 @@ def test_the_list_is_whole():
     [
         (MINIMIND, "plain ChatML"),
         (R1_IN_CHATML, "plain ChatML"),
-        (TINYLLAMA, "a template around it"),
-        (MISTRAL, "a template around it"),
+        (TINYLLAMA, "refused"),
+        (MISTRAL, "refused"),
         (DROPS_SYSTEM, "the system prompt opens"),
         (UPPER, "refused"),
-        (models.PLAIN_TEMPLATE, "as it is"),
-        (models.CHATML_TEMPLATE, "as it is"),
+        (PLAIN_TEMPLATE, "as it is"),
+        (CHATML_TEMPLATE, "as it is"),
     ],
     ids="minimind r1_in_chatml tinyllama mistral drops_system upper plain chatml".split(),
 )
@@ -192,24 +191,20 @@ def test_others(template, way, capsys):
     settled(template, way, capsys)
 
 
-def test_wrapped_templates_keep_the_rest(capsys):
-    """A wrapped template changes nothing but what it must: the model's own header, begin token and ends are there."""
+def test_replaced_templates_keep_the_rest(capsys):
+    """Nothing changes but what must: the model's own header, begin token and ends are there."""
     turns = [
         {"role": "user", "content": "一"},
         {"role": "assistant", "content": "二"},
         {"role": "user", "content": "三"},
     ]
     system = [{"role": "system", "content": "零"}, *turns]
-    tokenizer = settled(BUNDLED["deepseek_r1_distill"], "a template around it", capsys)
-    asked = "<s>零<｜User｜>一<｜Assistant｜>二<｜end▁of▁sentence｜><｜User｜>三<｜Assistant｜>"
-    assert models.render(tokenizer, system) == asked
-    assert models.render(tokenizer, turns) == asked.replace("零", "")
     tokenizer = settled(BUNDLED["gemma"], "the system prompt opens", capsys)
     user, model = "<end_of_turn>\n<start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model\n"
-    assert models.render(tokenizer, system) == f"<s><start_of_turn>user\n零\n\n一{model}二{user}三{model}"
-    assert models.render(tokenizer, turns) == f"<s><start_of_turn>user\n一{model}二{user}三{model}"
+    assert render(tokenizer, system) == f"<s><start_of_turn>user\n零\n\n一{model}二{user}三{model}"
+    assert render(tokenizer, turns) == f"<s><start_of_turn>user\n一{model}二{user}三{model}"
     tokenizer = settled(BUNDLED["lfm2_2_5"], "plain ChatML", capsys)
-    assert models.render(tokenizer, turns[:1]) == "<s><|im_start|>user\n一<|im_end|>\n<|im_start|>assistant\n"
+    assert render(tokenizer, turns[:1]) == "<s><|im_start|>user\n一<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_saved_with_the_model(tmp_path, capsys):
@@ -220,7 +215,7 @@ def test_saved_with_the_model(tmp_path, capsys):
     model.save_pretrained(tmp_path / "saved")
     tokenizer.save_pretrained(tmp_path / "saved")
     again = AutoTokenizer.from_pretrained(tmp_path / "saved")
-    assert again.chat_template == models.CHATML_TEMPLATE
+    assert own_template(again.chat_template) == CHATML_TEMPLATE
     assert_verbatim(again, ends_of(again))
     models.load_model(str(tmp_path / "saved"))
     assert not capsys.readouterr().out
@@ -235,32 +230,27 @@ def test_real_tokenizer(name, way, capsys):
     ends, own = {tokenizer.eos_token_id}, tokenizer.chat_template
     if way == "refused":  # ` <` is one token behind an answer, and two behind a prompt
         with pytest.raises(UserError, match="cannot learn our format"):
-            models.settle_template(tokenizer, ends, "mine")
+            fit_template(tokenizer, ends, "mine")
         return
-    models.settle_template(tokenizer, ends, "mine")
+    fit_template(tokenizer, ends, "mine")
     assert (tokenizer.chat_template == own) == (way == "as it is") == (not capsys.readouterr().out)
     assert_verbatim(tokenizer, ends)
 
 
-def test_a_teacher_is_asked_in_its_own_way(tmp_path, capsys, monkeypatch):
+def test_a_teacher_is_asked_in_its_own_way(tmp_path, capsys):
     """make_traces.py --free, and nobody else, asks through a template that opens the thinking or that is refused."""
     for name in ("deepseek_r1_distill", "glm4moe_training"):
         folder = write_model(tmp_path / name, make_tokenizer(BUNDLED[name]))
-        sampler, tokenizer = make_traces.load_sampler(str(folder), True, False, free=True)
+        flags = ["--cpu", "--model", str(folder), "--output", str(tmp_path / "out")]
+        constants = {"BF16": False, "MAX_COMPLETION_TOKENS": 4, "SAMPLES": 3}
+        flags, recipe = make_traces.configure([*flags, "--free"], constants)
+        sampler, tokenizer = make_traces.load_sampler(recipe, flags)
         assert tokenizer.chat_template == BUNDLED[name] and not capsys.readouterr().out
-        answers = make_traces.sample(sampler, tokenizer, [make_traces.ask(QUESTION, {}, free=True)], 4)
-        assert len(answers[0]) == make_traces.SAMPLES
-    with pytest.raises(UserError, match="its chat template changes or drops turns"):
-        make_traces.load_sampler(str(folder), True, False)
-
-    def load(*arguments):
-        raise UserError(f"free: {arguments[3]}")
-
-    monkeypatch.setattr(make_traces, "load_sampler", load)
-    monkeypatch.setattr(make_traces, "load_questions", lambda *_: {"prompt": [conversation_about("一")], "answer": [1]})
-    for flags, free in ((["--free"], True), ([], False)):
-        with pytest.raises(UserError, match=f"free: {free}"):
-            make_traces.main([*flags, "--model", str(folder), "--output", str(tmp_path / f"traces-{free}")])
+        answers = make_traces.sample(sampler, tokenizer, [make_traces.ask(QUESTION, recipe, flags)], recipe)
+        assert len(answers[0]) == 3
+        flags.free = False
+        with pytest.raises(UserError, match="cannot learn our format: its chat template changes or drops turns"):
+            make_traces.load_sampler(recipe, flags)
 
 
 # -------------------------------------------------------------------------------------------------------------- tags
@@ -272,7 +262,7 @@ def test_special_tags_are_decoded(kind, demo_base, tmp_path):
     """
     names = ("think_token", "end_think_token", "answer_token", "end_answer_token")
     tags = dict(zip(names, TAGS, strict=True)) if kind == "named" else [*TAGS, "<x>"]
-    before = make_tokenizer(models.CHATML_TEMPLATE, (*TAGS, "<x>"), extra_special_tokens=tags)
+    before = make_tokenizer(CHATML_TEMPLATE, (*TAGS, "<x>"), extra_special_tokens=tags)
     if kind == "qwen2":
         before = AutoTokenizer.from_pretrained(demo_base / "model")
         before.add_special_tokens({"extra_special_tokens": [*TAGS, "<x>"]})
@@ -294,10 +284,10 @@ def test_special_tags_are_decoded(kind, demo_base, tmp_path):
 
 def test_a_tokenizer_that_loses_text_is_refused(capsys):
     """Line breaks that do not come back would make every format reward 0: refused, with what came back."""
-    tokenizer = make_tokenizer(models.CHATML_TEMPLATE)
+    tokenizer = make_tokenizer(CHATML_TEMPLATE)
     tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("\n", " ")])
     with pytest.raises(UserError, match="its tokenizer makes '<think> 5.60=300 </think>"):
-        models.settle_template(tokenizer, ends_of(tokenizer), "mine")
+        fit_template(tokenizer, ends_of(tokenizer), "mine")
 
 
 # --------------------------------------------------------------------------------------------------------- positions
@@ -315,20 +305,19 @@ def test_training_beyond_the_positions(short, demo_base, tmp_path):
     flags = ["--cpu", "--model", short, "--dataset", demo_base / "data", "--output", tmp_path / "run"]
     with pytest.raises(UserError, match="MODEL .*reads at most 96 .*MAX_PROMPT_TOKENS 384 . MAX_COMPLETION_TOKENS 512"):
         train_grpo.main([*map(str, flags)])
-    line = {"prompt": conversation_about("1+1="), "completion": [{"role": "assistant", "content": TRACE}]}
+    line = {"prompt": to_prompt("1+1="), "completion": [{"role": "assistant", "content": TRACE}]}
     (tmp_path / "traces.jsonl").write_text(json.dumps(line))
     with pytest.raises(UserError, match="MODEL .* reads at most 96 tokens, fewer than MAX_TOKENS 1024"):
         train_sft.main([*map(str, [*flags, "--traces", tmp_path / "traces.jsonl"])])
-    assert not (tmp_path / "run").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
-def test_asking_beyond_the_positions(short, demo_base, tmp_path, monkeypatch):
+def test_asking_beyond_the_positions(short, demo_base, tmp_path, run_chat):
     """evaluate.py, chat.py and make_traces.py end in a line that says how long prompt and answer may get."""
-    data, words = str(demo_base / "data"), r"reads at most 96 tokens, fewer than prompt \d+ . MAX_COMPLETION_TOKENS 512"
-    monkeypatch.setattr("builtins.input", lambda _: QUESTION)
-    monkeypatch.setattr("sys.argv", ["chat.py", str(short), "--cpu"])
-    with pytest.raises(UserError, match=words):
-        chat.main()
+    data, words = str(demo_base / "data"), r"reads at most 96 tokens, fewer than prompt \d+ . MAX_COMPLETION_TOKENS "
+    with pytest.raises(UserError, match=f"{words}{chat.MAX_TOKENS}"):
+        run_chat(short, "--cpu", stdin=f"{QUESTION}\n")
+    words += str(train_grpo.MAX_COMPLETION_TOKENS)
     with pytest.raises(UserError, match=words):
         evaluate.main([str(short), "--dataset", data, "--cpu", "--output", str(tmp_path)])
     with pytest.raises(UserError, match=words):
@@ -338,7 +327,7 @@ def test_asking_beyond_the_positions(short, demo_base, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", [Sampler, PlainSampler])
 def test_samplers_use_every_position_and_no_more(kind):
     """As many tokens as there are positions are made; one more would be an IndexError in GPT-2 and is a line."""
-    tokenizer = make_tokenizer(models.CHATML_TEMPLATE)
+    tokenizer = make_tokenizer(CHATML_TEMPLATE)
     shape = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 24}
     model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), eos_token_id=len(tokenizer) - 1, **shape)).eval()
     if kind is Sampler:  # which covers no GPT-2
@@ -362,9 +351,9 @@ def test_models_without_a_limit():
 def test_no_adapter_for_the_head():
     """lm_head, for which TRL takes no adapter, is refused in a line and is not among the names that it offers."""
     model = Qwen2ForCausalLM(Qwen2Config(vocab_size=8, **SHAPE))
-    recipe = SimpleNamespace(**train_grpo.default_recipe() | {"LORA_MODULES": ["q_proj", "lm_head"]})
+    recipe = SimpleNamespace(**train_grpo.default_recipe() | {"USE_LORA": True, "LORA_MODULES": ["q_proj", "lm_head"]})
     with pytest.raises(UserError, match="no 'lm_head' below its head .it has: down_proj, .*, v_proj") as error:
-        train_grpo.lora_config(recipe, model)
+        runs.lora_config(recipe, model)
     assert str(error.value).count("lm_head") == 1
     recipe.LORA_MODULES = ["q_proj"]
-    assert train_grpo.lora_config(recipe, model).target_modules == {"q_proj"}
+    assert runs.lora_config(recipe, model).target_modules == {"q_proj"}

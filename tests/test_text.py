@@ -15,10 +15,10 @@ from conftest import ROOT
 import chat
 import evaluate as evaluate_script
 import make_traces
-import train_grpo
-import train_sft
 from engine import checkpoints, console, curves, models
 from engine.console import UserError
+from engine.templates import trained_recipe
+from engine.traces import from_conversation, read_rows
 
 
 # ---------------------------------------------------------------------------------------------------------- encodings
@@ -27,14 +27,14 @@ from engine.console import UserError
 )
 def test_chat_skips_a_line_that_is_no_text(demo_base, monkeypatch, capsys, encoding, bad, skipped):
     """A line in another encoding is named and skipped, the others are answered, also one behind a byte order mark."""
-    asked, models_encode = [], models.encode
+    asked, plain_encode = [], chat.encode
 
     def encode(tokenizer, conversations):
         asked.append(conversations[0][-1]["content"])
-        return models_encode(tokenizer, conversations)
+        return plain_encode(tokenizer, conversations)
 
-    monkeypatch.setattr(models, "encode", encode)
-    monkeypatch.setattr(train_grpo, "MAX_COMPLETION_TOKENS", 2)
+    monkeypatch.setattr(chat, "encode", encode)
+    monkeypatch.setattr(chat, "MAX_TOKENS", 2)
     first = ("\ufeff" if encoding == "utf-8" else "") + "5分钟多少秒\n"
     typed = b"".join((first.encode(encoding), b"\n", bad, b"\n", "6小时多少分钟\nexit\n".encode(encoding)))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding))
@@ -52,7 +52,7 @@ def test_half_a_surrogate_pair_costs_its_line(tmp_path, capsys):
     """A text that no tokenizer takes is dropped with a note, before the model is loaded; the other lines are kept."""
     rows = [conversation(answer) for answer in ("好", "\ud83d", "\U0001f600", "\udc00")]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    read = train_sft.read_rows(str(tmp_path / "chat.jsonl"), "--mix", train_sft.from_conversation)
+    read = read_rows(str(tmp_path / "chat.jsonl"), "--mix", from_conversation)
     assert [row["completion"][0]["content"] for row in read] == ["好", "\U0001f600"]
     said = "note: --mix: 2 lines dropped that hold half a surrogate pair, the first is line 2\n"
     assert capsys.readouterr().out == said
@@ -63,10 +63,10 @@ def test_encoding_of_a_file(tmp_path, flag):
     """A byte order mark is taken; a file in GBK is named, with the encoding that it should have."""
     file, line = tmp_path / "rows.jsonl", json.dumps(conversation("好"), ensure_ascii=False)
     file.write_text(line, encoding="utf-8-sig")
-    assert len(train_sft.read_rows(str(file), flag, train_sft.from_conversation)) == 1
+    assert len(read_rows(str(file), flag, from_conversation)) == 1
     file.write_text(line, encoding="gbk")
     with pytest.raises(UserError, match=f"^{flag} .*rows.jsonl' is not UTF-8: .*; save it as UTF-8$"):
-        train_sft.read_rows(str(file), flag, train_sft.from_conversation)
+        read_rows(str(file), flag, from_conversation)
 
 
 # ----------------------------------------------------------------------------------------------------------- adapters
@@ -119,10 +119,10 @@ def test_foreign_recipe_beside_a_model(tmp_path, capsys, what):
     for folder, content in ((model, FOREIGN[what]), (model.parent, b'{"DATASET": "ours"}')):
         (folder / "recipe").mkdir(parents=True)
         (folder / name).write_bytes(content)
-    assert models.find_beside(str(model), name) == {"DATASET": "ours"}
-    assert capsys.readouterr().out.startswith(f"note: '{model / name}' is passed over: ")
+    assert trained_recipe(str(model)) == {"DATASET": "ours"}
+    assert capsys.readouterr().out.startswith(f"note: '{model / name}' is ignored: ")
     (model.parent / name).unlink()
-    assert models.find_beside(str(model), name) == {}
+    assert trained_recipe(str(model)) == {}
 
 
 @pytest.mark.parametrize("what", FOREIGN)
@@ -140,18 +140,18 @@ def test_foreign_files_in_a_runs_folder(tmp_path, what):
             read()
 
 
-@pytest.mark.parametrize("script", [evaluate_script, make_traces])
-def test_data_set_of_a_model(demo_base, tmp_path, monkeypatch, script):
+@pytest.mark.parametrize(("script", "reads"), [(evaluate_script, "load_questions"), (make_traces, "load_splits")])
+def test_data_set_of_a_model(demo_base, tmp_path, monkeypatch, script, reads):
     """The data set is the one of the model's recipe; a results.json of another program, beside it, is not believed."""
     model = Path(shutil.copytree(demo_base / "model", tmp_path / "model"))
     (model / "recipe").mkdir()
     (model / "recipe" / "recipe.json").write_text(json.dumps({"DATASET": "owner/questions"}))
     (model / "results.json").write_text('{"dataset": "squad", "exact_match": 0.5}')
 
-    def load_questions(dataset, split, **_):
+    def read(dataset, *_):
         raise UserError(f"asked for {dataset}")
 
-    monkeypatch.setattr(script, "load_questions", load_questions)
+    monkeypatch.setattr(script, reads, read)
     named = [str(model)] if script is evaluate_script else ["--model", str(model)]
     with pytest.raises(UserError, match="^asked for owner/questions$"):
         script.main([*named, "--output", str(tmp_path / "out"), "--cpu"])

@@ -5,6 +5,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,16 +16,18 @@ from transformers import AutoTokenizer, Qwen2ForCausalLM
 import make_traces
 from engine import models
 from engine.console import UserError
-from engine.questions import load_questions
+from engine.constants import constants_of
+from engine.questions import load_questions, pairs_of, to_prompt
 from engine.rollout import Sampler
 from engine.templates import encode
-from engine.traces import fault_of, judge, rewrite
+from engine.traces import append_lines, fault_of, judge, read_log, rewrite, to_trace, write_learnable
 from prompts import ANSWER_COLUMN, QUESTION_COLUMN, WORKED_EXAMPLE
 from rewards import REWARD_MAXIMA, REWARDS
 
 QUESTION = "Jasper在四月份卖了48个夹子，五月份卖了一半。一共卖了多少个？"
 STEPS = "五月份卖出的夹子数量是：\n\\[ \\frac{48}{2} = 24 \\]\n\n两个月相加：\n\\[ 48 + 24 = 72 \\]"
 END = "因此，一共卖了 72 个夹子。"
+RECIPE = SimpleNamespace(**constants_of(make_traces), DEV_QUESTIONS=2)
 
 
 @pytest.mark.parametrize(
@@ -81,14 +84,16 @@ def test_rewrite(text, thinking, number):
 )
 def test_fault(thinking, fault):
     """A bad trace of a right answer falls for what is wrong with it."""
-    assert fault_of(thinking, QUESTION, 72) == fault
+    assert fault_of(thinking, QUESTION, 72, RECIPE) == fault
 
 
 def test_a_number_of_the_question_is_no_result():
     """A label that the question names itself counts only where the thinking comes to it, not where it is repeated."""
     question = "书包95元，铲雪一次7元，又花了5元，要铲几次？"
-    assert fault_of("我们知道书包要95元，他又花了5元，所以一共要铲5次雪，答案就在这里。", question, 5) == "not computed"
-    assert fault_of("我们知道铲雪一次是7元，一共要赚35元，那么需要铲雪的次数是 35 / 7 = 5 次。", question, 5) is None
+    repeated = "我们知道书包要95元，他又花了5元，所以一共要铲5次雪，答案就在这里。"
+    assert fault_of(repeated, question, 5, RECIPE) == "not computed"
+    computed = "我们知道铲雪一次是7元，一共要赚35元，那么需要铲雪的次数是 35 / 7 = 5 次。"
+    assert fault_of(computed, question, 5, RECIPE) is None
 
 
 def test_judge():
@@ -103,16 +108,16 @@ def test_judge():
         *forms[1:],
     ]
     samples = [{"text": text, "ended": True} for text in texts] + [{"text": forms[0], "ended": False}]
-    row = judge(QUESTION, 72, samples)
+    row = judge(QUESTION, 72, samples, RECIPE)
     faults = ["wrong", None, "same numbers", "no number", None, "same numbers", None, None, "enough kept", "cut off"]
     assert [each["fault"] for each in row["samples"]] == faults
     assert row["right"] == 7 and len(row["kept"]) == make_traces.KEEP
     assert "检验" in row["kept"][1] and [trace.split("：")[-1][0] for trace in row["kept"]] == list("0123")
     completions = [[{"role": "assistant", "content": trace}] for trace in row["kept"]]
-    rows = {"prompts": [conversation_about(QUESTION)] * len(completions), "answer": [72] * len(completions)}
+    rows = {"prompts": [to_prompt(QUESTION)] * len(completions), "answer": [72] * len(completions)}
     for reward, most in zip(REWARDS, REWARD_MAXIMA, strict=True):
         assert min(reward(completions=completions, **rows)) == most
-    assert judge(QUESTION, 72, row["samples"]) == row  # its own line can be judged again
+    assert judge(QUESTION, 72, row["samples"], RECIPE) == row  # its own line can be judged again
 
 
 @pytest.mark.parametrize(
@@ -127,7 +132,7 @@ def test_junk(junk):
         text = junk * (size // len(junk))
         start = time.process_time()
         for samples in ([{"text": text, "ended": True}], [{"text": f"{text}72\\boxed{{72}}", "ended": True}]):
-            judge(text, 72, samples)
+            judge(text, 72, samples, RECIPE)
         seconds.append(time.process_time() - start)
     assert seconds[1] < 9 * seconds[0] + 0.05
 
@@ -168,10 +173,10 @@ def test_script(taught, capsys):
         run_main(make_traces.main, *command, "--seed", 7)
 
 
-def test_kill_9(taught, tmp_path, monkeypatch):
+def test_kill_9(taught, tmp_path):
     """Killed at any moment, it loses the batch in work and nothing else: the same command ends with the same bytes."""
-    monkeypatch.setattr(make_traces, "QUESTIONS", 3)
     flags = ["--demo", "--cpu", "--limit", 30, "--seed", 3, "--output"]
+    constants = {"QUESTIONS_AT_ONCE": 3}
     endings = []
     for name, kills in (("whole", 0), ("killed", 3)):
         folder = tmp_path / name
@@ -179,7 +184,7 @@ def test_kill_9(taught, tmp_path, monkeypatch):
         log = folder / "questions.jsonl"
         for kill in range(kills):
             begun = log.stat().st_size if log.exists() else 0
-            killed = FORK.Process(target=run_main, args=(make_traces.main, *flags, folder))
+            killed = FORK.Process(target=run_main, args=(make_traces.main, *flags, folder), kwargs=constants)
             killed.start()
             while not (log.exists() and log.stat().st_size > begun) and killed.is_alive():
                 time.sleep(0.005)
@@ -187,7 +192,7 @@ def test_kill_9(taught, tmp_path, monkeypatch):
             killed.kill()
             killed.join()
             assert killed.exitcode == -signal.SIGKILL and not (folder / "traces.jsonl").exists()  # on the way
-        run_main(make_traces.main, *flags, folder)
+        run_main(make_traces.main, *flags, folder, **constants)
         endings.append([(folder / file).read_bytes() for file in ("questions.jsonl", "traces.jsonl")])
     assert endings[0] == endings[1]
 
@@ -196,7 +201,7 @@ def test_kill_9(taught, tmp_path, monkeypatch):
 def test_full_disk():
     """One line that says what to do; what a torn write leaves is dropped at the next start, as after a kill."""
     with pytest.raises(UserError, match="No space left on device.*the same command goes on"):
-        make_traces.append(Path("/dev/full"), [{"question": "5分钟多少秒"}])
+        append_lines(Path("/dev/full"), [{"question": "5分钟多少秒"}])
 
 
 @pytest.mark.parametrize("kind", ["a saved model", "an adapter"])
@@ -211,7 +216,8 @@ def test_loaded_in_bf16_as_if_cast(kind, taught, tmp_path, monkeypatch):
         AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
         folder = str(tmp_path)
     monkeypatch.setattr(models, "pick_device", lambda cpu, bf16: (torch.device("cpu"), torch.bfloat16))
-    sampler, tokenizer = make_traces.load_sampler(folder, cpu=True, bf16=True)
+    flags, recipe = make_traces.configure(["--cpu", "--model", folder, "--dataset", str(taught / "base/data")], {})
+    sampler, tokenizer = make_traces.load_sampler(recipe, flags)
     model, _ = models.load_model(folder)
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
     for weight in model.parameters():
@@ -220,7 +226,7 @@ def test_loaded_in_bf16_as_if_cast(kind, taught, tmp_path, monkeypatch):
     assert all(torch.equal(loaded[name], weight) for name, weight in model.state_dict().items())
     for (name, cast), (_, buffer) in zip(model.named_buffers(), sampler.model.named_buffers(), strict=True):
         assert buffer.dtype == torch.float32 and torch.equal(buffer, cast), name
-    prompts = encode(tokenizer, [conversation_about("5分钟多少秒"), conversation_about("3小时是多少分钟？")] * 4)
+    prompts = encode(tokenizer, [to_prompt("5分钟多少秒"), to_prompt("3小时是多少分钟？")] * 4)
     draws = []
     for each in (sampler, Sampler(model.eval(), tokenizer)):
         torch.manual_seed(0)
@@ -239,7 +245,6 @@ def test_nothing_kept(demo_output):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--split", "test"], "test questions measure"),
         (["--limit", "0"], "--limit 0"),
         (["--skip", "0"], "--skip 0"),
         (["--skip", "99999", "--output", "{output}"], "--skip 99999: .* has only"),
@@ -279,52 +284,47 @@ class Boxer:
         return [[*map(ord, f"{STEPS}\n想了 {i} 遍，一共 \\boxed{{72}} 个"), 0] for i in range(len(prompt_ids))]
 
 
+def write_data(folder: Path, *numbers: int) -> str:
+    """A data set whose training questions end in these numbers, with a development and a test question of its own."""
+    folder.mkdir(exist_ok=True)
+    for split, ends in (("train", numbers), ("validation", [100]), ("test", [200])):
+        rows = [{QUESTION_COLUMN: f"{QUESTION}{i}", ANSWER_COLUMN: 72} for i in ends]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
 def test_free(tmp_path, monkeypatch, capsys):
-    """Sampled under the free prompt, written under the training prompt; stricter filters need no model."""
-    data = [json.dumps({QUESTION_COLUMN: f"{QUESTION}{i}", ANSWER_COLUMN: 72}) + "\n" for i in range(3)]
-    for name in ("train.jsonl", "test.jsonl"):
-        (tmp_path / "data").mkdir(exist_ok=True)
-        (tmp_path / "data" / name).write_text("".join(data))
-    boxer, output = Boxer(), tmp_path / "out"
+    """Sampled under the free prompt, written with the question alone; stricter filters need no model."""
+    data, boxer, output = write_data(tmp_path / "data", 0, 1, 2), Boxer(), tmp_path / "out"
     monkeypatch.setattr(make_traces, "load_sampler", lambda *_: (boxer, Letters()))
-    monkeypatch.setattr(make_traces, "QUESTIONS", 2)
-    arguments = ["--free", "--dataset", str(tmp_path / "data"), "--output", str(output), "--cpu"]
+    arguments = ["--free", "--dataset", data, "--output", str(output), "--cpu"]
     with pytest.raises(UserError, match="swulling"):  # no network: the same folder is free for other data
         make_traces.main(["--free", "--output", str(output), "--cpu"])
-    make_traces.main(arguments)
+    make_traces.main(arguments, QUESTIONS_AT_ONCE=2)
     lines = [json.loads(line) for line in (output / "traces.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert "sifted     none" in capsys.readouterr().out  # all of them are always right
-    assert [line["prompt"] for line in lines[:: make_traces.KEEP]] == [
-        conversation_about(f"{QUESTION}{i}") for i in "012"
-    ]
+    assert "learnable  none: no question right" in capsys.readouterr().out  # all of them are always right
+    assert [line["prompt"] for line in lines[:: make_traces.KEEP]] == [to_prompt(f"{QUESTION}{i}") for i in "012"]
     assert "boxed" not in str(lines) and boxer.drawn == 3 * make_traces.SAMPLES
     with pytest.raises(UserError, match="free True"):  # not with those drawn under another prompt
         make_traces.main(arguments[1:])
 
-    monkeypatch.setattr(make_traces, "KEEP", 1)
-    make_traces.main(arguments)
+    make_traces.main(arguments, KEEP=1)
     assert len((output / "traces.jsonl").read_text(encoding="utf-8").splitlines()) == 3
-    monkeypatch.setattr(make_traces, "MIN_THINKING", 1000)
-    with pytest.raises(UserError, match="100.0% right; fell: 24 too short"):
-        make_traces.main(arguments)
+    with pytest.raises(UserError, match="100.0% right; dropped: 24 too short"):
+        make_traces.main(arguments, KEEP=1, MIN_THINKING=1000)
     assert not (output / "traces.jsonl").exists() and boxer.drawn == 3 * make_traces.SAMPLES
-    (tmp_path / "data" / "train.jsonl").write_text("".join(reversed(data)))
+    write_data(tmp_path / "data", 2, 1, 0)
     with pytest.raises(UserError, match="other questions"):
         make_traces.main(arguments)
 
 
 def test_skip_and_limit(tmp_path, monkeypatch):
     """Questions that were learned are left out, as many asked as --limit says; a higher one goes on, none drops any."""
-    (tmp_path / "data").mkdir()
-    lines = [json.dumps({QUESTION_COLUMN: f"{QUESTION}{i}", ANSWER_COLUMN: 72}) + "\n" for i in range(5)]
-    for name in ("train.jsonl", "test.jsonl"):
-        (tmp_path / "data" / name).write_text("".join(lines))
-    boxer = Boxer()
+    boxer, data = Boxer(), write_data(tmp_path / "data", *range(5))
     monkeypatch.setattr(make_traces, "load_sampler", lambda *_: (boxer, Letters()))
-    monkeypatch.setattr(make_traces, "QUESTIONS", 2)
-    flags = ["--free", "--dataset", str(tmp_path / "data"), "--output", str(tmp_path / "out"), "--cpu"]
+    flags = ["--free", "--dataset", data, "--output", str(tmp_path / "out"), "--cpu"]
     for limit, asked in ((2, "23"), (3, "234")):
-        make_traces.main([*flags, "--skip", "2", "--limit", str(limit)])
+        make_traces.main([*flags, "--skip", "2", "--limit", str(limit)], QUESTIONS_AT_ONCE=2)
         lines = (tmp_path / "out/questions.jsonl").read_text(encoding="utf-8").splitlines()
         assert [json.loads(line)["question"] for line in lines] == [f"{QUESTION}{i}" for i in asked]
     assert boxer.drawn == 3 * make_traces.SAMPLES
@@ -335,31 +335,27 @@ def test_skip_and_limit(tmp_path, monkeypatch):
 
 
 def test_a_trained_model_is_asked_as_it_was_trained(tmp_path, monkeypatch, capsys):
-    """Behind its own example, whatever prompts.py says by now; its traces are written under prompts.py's prompt."""
-    for name in ("data", "model/recipe"):
-        (tmp_path / name).mkdir(parents=True)
-    row = json.dumps({QUESTION_COLUMN: QUESTION, ANSWER_COLUMN: 72}) + "\n"
-    for name in ("train.jsonl", "test.jsonl"):
-        (tmp_path / "data" / name).write_text(row)
-    asked = []
+    """Behind its own example, whatever prompts.py says by now; its traces hold the question alone."""
+    (tmp_path / "model/recipe").mkdir(parents=True)
+    data, asked = write_data(tmp_path / "data", 0), []
 
     class Taught(Boxer):
         def generate(self, prompt_ids, max_new_tokens, temperature):
+            assert max_new_tokens == 320
             asked.extend("".join(map(chr, ids)) for ids in prompt_ids)
-            trace = make_traces.to_trace(STEPS, 72)
-            return [[*map(ord, trace), 0] for _ in prompt_ids]
+            return [[*map(ord, to_trace(STEPS, 72)), 0] for _ in prompt_ids]
 
     monkeypatch.setattr(make_traces, "load_sampler", lambda *_: (Taught(), Letters()))
     for example in ([], WORKED_EXAMPLE):
         recipe = {"SYSTEM_PROMPT": "按格式", "EXAMPLE": example, "MAX_COMPLETION_TOKENS": 320}
         (tmp_path / "model/recipe/recipe.json").write_text(json.dumps(recipe))
         output = tmp_path / f"out{len(example)}"
-        flags = ["--model", str(tmp_path / "model"), "--dataset", str(tmp_path / "data"), "--output", str(output)]
+        flags = ["--model", str(tmp_path / "model"), "--dataset", data, "--output", str(output)]
         make_traces.main([*flags, "--cpu"])
-        assert "按格式" in asked[-1] and (WORKED_EXAMPLE[0]["content"] in asked[-1]) == bool(example)
-        assert "its traces get that of prompts.py" in capsys.readouterr().out
+        assert asked[-1] == "".join(turn["content"] for turn in conversation_about(f"{QUESTION}0", "按格式", example))
+        assert "asked under the prompt of its training; prompts.py has another one" in capsys.readouterr().out
         (line,) = map(json.loads, (output / "traces.jsonl").read_text(encoding="utf-8").splitlines())
-        assert line["prompt"] == conversation_about(QUESTION)
+        assert line["prompt"] == to_prompt(f"{QUESTION}0")
     make_traces.main([*flags[:-1], str(tmp_path / "shown"), "--example", "--cpu"])
     assert "按格式" in asked[-1] and WORKED_EXAMPLE[0]["content"] in asked[-1]
     recipe["EXAMPLE"] = []  # --example shows it to one that was trained without, and that is another way of asking
@@ -368,26 +364,24 @@ def test_a_trained_model_is_asked_as_it_was_trained(tmp_path, monkeypatch, capsy
     with pytest.raises(UserError, match="name another --output"):
         make_traces.main([*flags[:-1], str(tmp_path / "shown"), "--cpu"])
     (line,) = map(json.loads, (tmp_path / "shown/traces.jsonl").read_text(encoding="utf-8").splitlines())
-    assert line["prompt"] == conversation_about(QUESTION) and len(asked) == 3 * make_traces.SAMPLES
+    assert line["prompt"] == to_prompt(f"{QUESTION}0") and len(asked) == 3 * make_traces.SAMPLES
 
 
-def test_sifted(tmp_path, monkeypatch):
-    """Questions that are right now and then become a data set for train_grpo.py, with the test split as it is."""
-    data, folder = tmp_path / "data", tmp_path / "sifted"
+def test_learnable(tmp_path):
+    """Questions that are right now and then become a data set for train_grpo.py; the test split stays as it is."""
+    data, folder = tmp_path / "data", tmp_path / "learnable"
     data.mkdir()
-    lines = [json.dumps({QUESTION_COLUMN: f"{QUESTION}{i}", ANSWER_COLUMN: i}) + "\n" for i in range(9)]
-    (data / "train.jsonl").write_text("".join(lines[:2]))
-    rows = [{"question": f"{QUESTION}{i}", "label": i, "right": i} for i in range(9)]
-    assert "no split 'test'" in make_traces.write_sifted(folder, rows, str(data)) and not folder.exists()
-    (data / "test.jsonl").write_text("".join(lines[5:]))
-    said = make_traces.write_sifted(folder, rows, str(data))
+    lines = [json.dumps({QUESTION_COLUMN: f"{QUESTION}{i}", ANSWER_COLUMN: i}) + "\n" for i in range(16)]
+    (data / "train.jsonl").write_text("".join(lines[:12]))
+    rows = [{"question": f"{QUESTION}{i}", "label": i, "right": i} for i in range(10)]
+    assert "no split 'test'" in write_learnable(folder, rows, str(data), RECIPE) and not folder.exists()
+    (data / "test.jsonl").write_text("".join(lines[12:]))
+    said = write_learnable(folder, rows, str(data), RECIPE)
     assert said == f"{folder}: 6 questions right 2 to 7 times of 8"
-    for split, labels in (("train", range(2, 8)), ("test", range(5, 9))):
-        read = load_questions(str(folder), split)
-        assert list(read["answer"]) == list(labels)
-        assert [prompt[-1]["content"] for prompt in read["prompt"]] == [f"{QUESTION}{i}" for i in labels]
-    monkeypatch.setattr(make_traces, "SOMETIMES", 8)  # nothing of before is left for train_grpo.py to find
-    assert "none" in make_traces.write_sifted(folder, rows, str(data)) and not (folder / "train.jsonl").exists()
+    for split, labels in (("train", range(2, 8)), ("validation", range(10, 12)), ("test", range(12, 16))):
+        assert pairs_of(load_questions(str(folder), split)) == [(f"{QUESTION}{i}", i) for i in labels]
+    none = SimpleNamespace(**vars(RECIPE) | {"MIN_RIGHT": 8})  # nothing of before is left for train_grpo.py to find
+    assert "none" in write_learnable(folder, rows, str(data), none) and not (folder / "train.jsonl").exists()
 
 
 @pytest.mark.parametrize("line", ["nonsense", "5", "{}", '{"question": 1, "label": 2, "samples": 3}', "\0"])
@@ -395,4 +389,4 @@ def test_damaged_log(line, tmp_path):
     """A log that somebody has edited is refused in a line, not guessed at."""
     (tmp_path / "log").write_text(line + "\n")
     with pytest.raises(UserError, match="damaged"):
-        make_traces.read_log(tmp_path / "log", [("1", 2)])
+        read_log(tmp_path / "log", [("1", 2)], RECIPE)
