@@ -329,7 +329,7 @@ def main(argv: list[str] | None = None) -> None:
     state, autocast = take_machine(flags, recipe.BF16)
     accumulation = accumulation_steps(recipe, state.num_processes)
     with state.main_process_first():
-        if state.is_main_process and (output.exists() or not flags.resume):  # no folder is made to be refused
+        if state.is_main_process and (output.exists() or flags.demo and not flags.resume):  # else `begin` makes it
             lock(output)
         checkpoint = checkpoints.find(output, recipe, flags.resume)
         if flags.demo:
