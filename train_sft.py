@@ -90,7 +90,8 @@ def configure(argv: list[str] | None, constants: dict[str, Any]) -> tuple[argpar
     flags = parser.parse_args(argv)
     if not (flags.traces or flags.demo):
         raise UserError("--traces FILE is missing: name the traces.jsonl that make_traces.py wrote")
-    recipe = runs.make_recipe(defaults, constants, flags, demo.RECIPE | demo.SFT_RECIPE)
+    of_demo = {name: value for name, value in demo.RECIPE.items() if name in SHARED} | demo.SFT_RECIPE
+    recipe = runs.make_recipe(defaults, constants, flags, of_demo)
     recipe.TRACES, recipe.MIX = flags.traces or str(Path(recipe.OUTPUT_DIR, "traces.jsonl")), flags.mix
     check_constants(vars(recipe), train_grpo, sys.modules[__name__])
     runs.check_folders(recipe, flags.demo)

@@ -96,6 +96,7 @@ def load_reward_model(name: str, dtype: torch.dtype | None = None) -> tuple[PreT
     from transformers import AutoModelForSequenceClassification
 
     model, tokenizer = _load(AutoModelForSequenceClassification, name, dtype)
+    tokenizer.chat_template = own_template(tokenizer.chat_template or "") or None  # it judges an answer, not our prompt
     check_tokenizer(model, tokenizer, name)
     if model.config.num_labels != 1:
         raise UserError(
