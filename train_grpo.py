@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # imported where it is used: `--help` and the one-line errors
 # The model and the questions
 MODEL: str = "Qwen/Qwen2.5-0.5B-Instruct"  # hub id or folder; --model
 DATASET: str = "swulling/gsm8k_chinese"  # hub id or folder with splits train and test, or a file; --dataset
-OUTPUT_DIR: str = "output"  # --output
+OUTPUT_DIR: str = "output/grpo"  # --output
 SEED: int = 42  # weights of a new adapter, order of the questions, sampling; --seed
 
 # One optimizer step

@@ -307,7 +307,8 @@ def save_trained(trainer: Trainer, output: Path, max_tokens: int) -> None:
 def limit_answers(model: PreTrainedModel, max_tokens: int) -> None:
     """Let whoever generates with the saved model do so as it is evaluated here: greedily, with so many tokens."""
     ends = {name: getattr(model.generation_config, name) for name in ("eos_token_id", "pad_token_id")}
-    model.generation_config = GenerationConfig(**ends, max_new_tokens=max_tokens)
+    # `pipeline` samples where do_sample is not said
+    model.generation_config = GenerationConfig(**ends, max_new_tokens=max_tokens, do_sample=False)
 
 
 def open_weights(folder: Path, like: Path) -> None:

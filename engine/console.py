@@ -44,8 +44,7 @@ def run(main: Callable[[], None], outlive_reader: bool = True) -> None:
         stream = getattr(sys, name)
         stream.reconfigure(errors="replace")  # a completion may hold what this console cannot show
         if outlive_reader:
-            lines = stream.line_buffering or stream.write_through
-            end = io.BufferedWriter(Unfailing(stream))
+            end, lines = io.BufferedWriter(Unfailing(stream)), stream.line_buffering or stream.write_through
             stream = io.TextIOWrapper(end, stream.encoding, "replace", line_buffering=lines)
         setattr(sys, name, stream)
     try:

@@ -19,7 +19,7 @@ PANELS = {
     "training: completions": (1.02, {"correctness/correct": "correct", "format/soft_format": "format"}),
     "held-out, 95 % interval": (1.02, {"heldout/strict": "strict", "heldout/format": "format"}),
     "length in tokens": (None, {"length/mean": "training", "heldout/mean_tokens": "held-out"}),
-    "wasted": (1.02, {"reward/flat_groups": "groups without spread", "length/cut_off": "completions cut off"}),
+    "wasted": (1.02, {"reward/zero_variance_groups": "groups without spread", "length/cut_off": "completions cut off"}),
     "entropy": (None, {"training/entropy": "per token"}),
 }
 SFT_PANELS = {  # of train_sft.py's runs

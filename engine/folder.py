@@ -40,20 +40,17 @@ def lock(output: Path) -> None:
     if path in HELD:
         return
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # stays open: closing it would release the lock
-        if not _try_lock(handle):
-            os.lseek(handle, 0, os.SEEK_SET)
-            holder = os.read(handle, 100).decode(errors="replace").strip()
-            os.close(handle)
-            raise UserError(
-                f"another run is writing to {str(output)!r}: process {holder}; wait for it, end it, or name another "
-                "folder with --output"
-            )
-        HELD.add(path)
-        os.ftruncate(handle, 0)
-        os.write(handle, f"{os.getpid()} on {platform.node()}".encode())
+        if _try_lock(os.open(path, os.O_RDWR | os.O_CREAT, 0o666)):  # stays open: closing it would release the lock
+            HELD.add(path)
+            path.write_text(f"{os.getpid()} on {platform.node()}")
+            return
     except OSError as error:  # network file systems exist that know no locks
         note(f"{str(output)!r} cannot be locked ({first_line(error)}); start no other run there before this one ends")
+        return
+    raise UserError(
+        f"another run is writing to {str(output)!r}: process {path.read_text(errors='replace')}; wait for it, end it, "
+        "or name another folder with --output"
+    )
 
 
 def _try_lock(handle: int) -> bool:
@@ -64,7 +61,6 @@ def _try_lock(handle: int) -> bool:
 
             os.lseek(handle, 1 << 20, os.SEEK_SET)  # far behind the text: what Windows locks, nobody else can read
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-            os.lseek(handle, 0, os.SEEK_SET)
         else:
             import fcntl
 

@@ -206,6 +206,6 @@ def drop_long(questions: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int
         raise UserError(
             f"{len(kept)} training questions are fewer than QUESTIONS_PER_STEP {at_least} ({dropped} longer than "
             f"MAX_PROMPT_TOKENS {limit} were dropped); change these in train_grpo.py, or pass a larger --dataset "
-            "(for a larger `sifted` the same make_traces.py with a higher --limit)"
+            "(for a larger `learnable` the same make_traces.py with a higher --limit)"
         )
     return kept

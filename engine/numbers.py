@@ -11,39 +11,71 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 # --- The number grammar ---
 # One match of _NUMBER is one number. Behind its digits everything is optional, so that no match is ever taken back
-# and tried again one character on: that keeps the search linear.
+# and tried again one character on: that keeps the search linear. So do *+, which gives back nothing, and the limits
+# on the length of a word.
 
 # Only these read as ASCII; ① ٣ ² are no digits. After this step [0-9] is all that counts, never \d or str.isdigit.
 _TO_ASCII = str.maketrans("０１２３４５６７８９，．－＋％−", "0123456789,.-+%-")
 _CURRENCY = "$＄£￡¥￥₠-₿"  # the inside of a character class; ₠-₿ is Unicode's block of currency signs
 # What may stand in or around a number without changing it: bold, currency, $...$, \$, \boxed{...}, \text{...}.
-_MARKUP = r"(?:\\?[*}" + _CURRENCY + r"]|\\(?:boxed|text)\{)"
+_MARKUP = r"(?:\\?[*}" + _CURRENCY + r"]|\\(?:boxed|(?:text|math)(?:rm|bf)?)\{)"
+_OPEN = r"[(（\[{]"
+_GAP = rf"(?:[^\S\n]|{_MARKUP}|{_OPEN}|[)）\]|×·⋅~]|\\[,;: ()\[\]]|\\times|\\cdot)*+"  # up to what belongs to it
 
-_MINUS = rf"(?:-{_MARKUP}*|负(?:\s|{_MARKUP})*)"  # -18 -$18 负 18; "- 18" is a list item. A plus changes nothing.
+# -18 -$18 -(18) 负 18; "- 18" is a list item. A plus changes nothing.
+_MINUS = rf"(?:-(?:{_MARKUP}|{_OPEN})*|负(?:\s|{_MARKUP})*)"
 # 1,080: a run of digits and commas is grouped as a whole or not at all, so it is only tried from its beginning.
 _GROUPED = r"(?<![0-9],)[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!,?[0-9])(?:\.[0-9]+)?"
 _PLAIN = r"[0-9]+(?:\.[0-9]+)?"  # 72 3.50; the full stop of "42." stays outside
 # .5 at the start or behind a blank, sign, currency sign, bracket or bold; the dots of "是...18" are no point.
 _POINT = r"(?<![^\s+\-负*(\[{（［｛【「『《〈" + _CURRENCY + r"])\.[0-9]+"
-_SCRIPT = rf"{_MARKUP}*[²³¹⁰-ₜ¼½¾⅐-⅟↉]"  # 5² and 1½ are neither 5 nor 1
 _UNIT = "[克米瓦卡焦赫帕伏升]|字节|比特"  # 千克 is a unit and multiplies nothing
 _MULTIPLIER = rf"(?:\s|{_MARKUP})*(?:百(?!分)|千(?!{_UNIT})|万|亿)"
+# What changes the value of the number beside it makes it unreadable. Words of estimation (约 近 多 余) do not.
+_SCRIPTS, _FRACTIONS = "²³¹⁰-ₜ", "¼½¾⅐-⅟↉"
+_NUMERALS = "零〇一二两三四五六七八九十"
+_BEFORE = (
+    rf"(?:[√∛∜π𝜋兀{_FRACTIONS}]|根号下?|分之(?:(?<!百分之)|(?<=[0-9{_NUMERALS}]百分之))"  # √9 π×9 三分之1, not 百分之50
+    r"|(?=[\\a-z])(?<![A-Za-z])\\?(?:sqrt(?:\[[^]]{0,9}\])?|pi|log|ln|lg|sin|cos|tan|cot|exp|abs|root of)(?![A-Za-z]))"
+    rf"[{_SCRIPTS}]*+{_GAP}\.?"
+    r"|[十拾]|(?:[|｜∣]|(?:\\left\||\\l?vert)\s?|-[(（{])(?=[-负])"  # 十2 |-5| -(-5); | -5 | is a cell
+)
+_BEHIND = (
+    # 5² (9)³ 9! and 2^n, but 72^\circ is 72. Whether 9! exclaims cannot be known; 9 ! and a full-width ！ do.
+    rf"(?<![\s(（\[])(?:[{_SCRIPTS}\u0300-\u036f!]|\^(?!\W{{0,3}}(?:[0-9oº]|circ|text|th)|\W?[°∘]))"
+    rf"|[π𝜋兀{_FRACTIONS}]|\\?pi(?![A-Za-z])|(?=[√∛∜]|\\sqrt|根号)"  # 3π 1 ½ 3√2
+    rf"|(?=分之\s?[0-9{_NUMERALS}])|又\s?[半{_NUMERALS}{_FRACTIONS}]"  # 5分之三 3又三分之一; 14分之后 is 14
+    r"|(?:[A-Za-z]{1,9} )?and a half|and (?:a|one) (?:half|third|quarter)"  # 3 hours and a half
+    # 3天半 2个半小时 5米的一半 5的两倍 5的平方 2的n次方; not 6个半圆, not 20页，一半
+    rf"|(?:(?:(?![半一的上下前后大过多各减另])[㐀-鿿A-Za-z]){{1,3}}{_GAP})?(?:半(?![径圆球价夜成满])"
+    rf"|的(?:一半|[{_NUMERALS}百]{{1,4}}[倍分]|(?:算术)?[平立]方(?!米)|倒数|阶乘|相反数|绝对值|.{{1,3}}次[方幂]))"
+    r"|(?<=[0-9])[十拾](?!分)|(?<=[百千万亿])(?:[零〇二三四五六七八九]|[一两][十百千])"  # 3十 3百二十; 3万两 is 30000
+)
+# The power of a unit is no second number: 72 m2, 72 cm^{2}, 72\text{ cm}^2, 72（米^2）, 9.8 m/s^2. Without ^ the next
+# character must not make it count something: 5m3cm, 72m2.5.
+_LENGTH = r"[kdhcm]?m|ft|in|yd|(?<=/)s"
+_WORD_OF_LENGTH = r"feet|inch(?:es)?|yards?|miles?|(?:centi|kilo)?met(?:er|re)s?|units?|s|[㐀-鿿]{0,3}[米尺里]"
+_UNIT_POWER = (
+    rf"(?i:(?:[a-z㐀-鿿]{{1,6}}{_MARKUP}*+[/·]{_MARKUP}*+)?(?:(?:{_LENGTH})[23](?![a-z米分厘毫])"
+    rf"|(?:{_LENGTH}|{_WORD_OF_LENGTH}){_MARKUP}*+\s?(?:\^|<sup>)\s?\{{?-?[1-4])(?![,.]?[0-9]))"
+)
 _HYPHEN = rf"{_MARKUP}*-"  # 10-20: read with the 10, so that it is no sign of the 20
 
 _NUMBER = re.compile(
-    rf"(?P<minus>{_MINUS})?(?P<digits>{_GROUPED}|{_PLAIN}|{_POINT})"
-    rf"(?P<script>{_SCRIPT})?(?P<multipliers>(?:{_MULTIPLIER})*)(?:{_HYPHEN})?"
+    rf"(?P<before>{_BEFORE})?(?P<minus>{_MINUS})?(?P<digits>{_GROUPED}|{_PLAIN}|{_POINT})"
+    rf"(?P<multipliers>(?:{_MULTIPLIER})*)(?:{_GAP}(?P<behind>{_BEHIND}))?(?:{_GAP}{_UNIT_POWER})?(?:{_HYPHEN})?"
 )
 _POWERS_OF_TEN = {"百": 2, "千": 3, "万": 4, "亿": 8}
 _MAX_DIGITS = 30  # no honest answer is longer, and arithmetic on a million digits takes minutes
 
 
 def _read_numbers(text: str) -> list[Decimal | None]:
-    """Every number in the text, in order; None stands for one that cannot be an answer (5², 1½, over 30 digits)."""
+    """Every number in the text, in order; None stands for one that cannot be an answer (5², √9, over 30 digits)."""
     numbers: list[Decimal | None] = []
     for match in _NUMBER.finditer(text.translate(_TO_ASCII)):
         digits = match["digits"].replace(",", "")
-        if match["script"] or len(digits.replace(".", "")) > _MAX_DIGITS:
+        changed = match["before"] is not None or match["behind"] is not None
+        if changed or len(digits.replace(".", "")) > _MAX_DIGITS:
             numbers.append(None)
             continue
         power = sum(_POWERS_OF_TEN.get(character, 0) for character in match["multipliers"])
@@ -54,7 +86,7 @@ def _read_numbers(text: str) -> list[Decimal | None]:
 
 
 def find_numbers(text: str) -> list[Decimal]:
-    """Every readable number in the text, in order: `5分钟是300秒` gives [5, 300]; `5²` and `1½` give none."""
+    """Every readable number in the text, in order: `5分钟是300秒` gives [5, 300]; `5²` and `√9` give none."""
     return [number for number in _read_numbers(text) if number is not None]
 
 

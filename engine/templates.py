@@ -163,7 +163,7 @@ def fault_of(tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> str | None:
         prompt, whole = render(tokenizer, asked), render(tokenizer, learned, complete=True)
     except Exception as error:  # whatever a template raises or runs into
         return f"its chat template refuses a system turn or an example ({first_line(error)})"
-    [prompt_ids], [ids] = encode(tokenizer, [asked]), encode(tokenizer, [learned], complete=True)
+    prompt_ids, ids = tokenizer([prompt, whole], add_special_tokens=False)["input_ids"]
     back = tokenizer.decode(ids[len(prompt_ids) :], skip_special_tokens=True).strip()
     end = whole.removeprefix(prompt + answer)
     stops = tuple(tokenizer.convert_ids_to_tokens([*ends, tokenizer.eos_token_id]))

@@ -16,8 +16,9 @@ from safetensors import safe_open
 from trl import GRPOTrainer, SFTTrainer
 from trl.trainer.utils import RepeatSampler
 
+from engine import packing
 from engine.checkpoints import attempt, checkpoint_bytes, list_checkpoints, open_weights, publish, rotate
-from engine.console import UserError
+from engine.console import UserError, note
 
 CPU_TILE = 2048  # columns of logits that TRL's LM head computes at a time on a CPU, so that a tile stays in its caches
 
@@ -120,13 +121,23 @@ class CarefulTrainer(WholeCheckpoints, GRPOTrainer):
     TRL pads prompts and completions to the longest of the generation batch and trains on all of that in every micro
     batch (huggingface/trl issue #7179). Here the gradient is the same, and less is computed for it:
 
-    - trim: a micro batch is as wide as its longest row, prompt and completion together;
-    - sort: rows of like length come into one micro batch;
+    - share: the completions of a group stand behind one copy of their prompt (packing.py);
+    - trim: a micro batch is as wide as its longest pack, prompt and completions together;
+    - sort: whole groups, or rows of like length, come into one micro batch;
     - skip: a completion whose advantage is 0, as in a group of equal rewards, has no gradient and is not run.
 
     There is no public way to do this, so three private methods of TRL are overridden. A fourth makes the order of the
     questions in each pass the same whether the run was resumed or not.
     """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        model = self.accelerator.unwrap_model(self.model)
+        model = model.get_base_model() if isinstance(model, PeftModel) else model
+        reason = packing.why_not(model)
+        self.shares_prompts, self.pair_cost = reason is None, 0.0 if reason else packing.pair_cost(model)
+        if reason:
+            note(f"each completion reads its prompt by itself, slower: {reason}")
 
     def _get_train_sampler(self, dataset=None) -> RepeatSampler:
         self._question_sampler = super()._get_train_sampler(dataset)
@@ -167,28 +178,23 @@ class CarefulTrainer(WholeCheckpoints, GRPOTrainer):
                 model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **others
             )
         prompt_columns = input_ids.size(1) - logits_to_keep
-        scored = attention_mask[:, prompt_columns:].bool()  # [rows, logits_to_keep]
-        start = prompt_columns - attention_mask[:, :prompt_columns].sum(1)  # [rows], the first used column
-        length = attention_mask.sum(1) * scored.any(1)  # [rows], 0 where nothing is scored
-        order = length.argsort(descending=True)
-        order = order[: max(int((length > 0).sum()), 1)]  # never none: a pass without the model would have no gradients
-        logps = torch.zeros(scored.shape, device=input_ids.device)
+        rows = packing.read_rows(input_ids, attention_mask, prompt_columns)
+        logps = torch.zeros(len(rows), logits_to_keep, device=input_ids.device)
         entropies = torch.zeros_like(logps)
-        step = 64 if input_ids.is_cuda else 1  # few shapes: allocator and attention kernels prepare for each new one
-        for rows in order.split(batch_size or len(order)):
-            width = max(math.ceil(int(length[rows].max()) / step) * step, 2)
-            # Rows move to the left, [chunk, width]. Padding then comes last, where causal attention never looks, so
-            # that no mask is needed; positions count from a row's own first token.
-            columns = start[rows, None] + torch.arange(width, device=input_ids.device)
-            ids = input_ids[rows].gather(1, columns.clamp(max=input_ids.size(1) - 1))
-            here = (columns >= prompt_columns) & (columns < (start + length)[rows, None])  # completion tokens
+        live = [row for row in rows if row.length > 0]
+        if not live:  # a pass without the model would leave no gradients: two tokens of the first row
+            live = [rows[0]._replace(prompt_length=min(3, prompt_columns))]
+        at_once = batch_size or len(live)
+        order = packing.arrange(live, at_once, self.pair_cost, self.shares_prompts)
+        for chunk in (order[start : start + at_once] for start in range(0, len(order), at_once)):
+            packs, _ = packing.plan(chunk, self.pair_cost, self.shares_prompts)
+            layout = packing.lay_out(packs, input_ids, prompt_columns)
+            shared = {} if layout.mask is None else {"position_ids": layout.positions, "attention_mask": layout.mask}
             with self.accelerator.autocast(), lean_lm_head(input_ids.device):
-                outputs = model(input_ids=ids, labels=ids.masked_fill(~here, -100), fused_lm_head=True)
-            row, column = scored[rows].nonzero(as_tuple=True)  # in the order of here.nonzero()
-            # outputs are [chunk, width - 1], for the tokens from the second one on
-            logps[rows[row], column] = outputs.log_probs[here[:, 1:]]
+                outputs = model(input_ids=layout.ids, shift_labels=layout.labels, fused_lm_head=True, **shared)
+            logps[tuple(layout.targets)] = outputs.log_probs.flatten()[layout.places]
             if compute_entropy:
-                entropies[rows[row], column] = outputs.entropy[here[:, 1:]]
+                entropies[tuple(layout.targets)] = outputs.entropy.flatten()[layout.places]
         return logps, entropies if compute_entropy else None, None
 
     def _rows_are_independent(self) -> bool:
@@ -207,14 +213,22 @@ class CarefulTrainer(WholeCheckpoints, GRPOTrainer):
         inputs, parts = super()._prepare_inputs(generation_batch), self._buffered_inputs
         if parts is before or not self._rows_are_independent():
             return inputs
-        # New completions, in micro batches: sort those that share an optimizer step, whatever the two settings are.
-        # Rows that teach nothing come first, to be skipped together, then the longest: memory peaks at once.
+        # New completions, in micro batches: arrange those that share an optimizer step, whatever the two settings are.
+        # Rows that teach nothing come first, to be skipped together.
         window = math.gcd(len(parts), self.args.gradient_accumulation_steps)
         for block in (parts[first : first + window] for first in range(0, len(parts), window)):
-            rows = {name: torch.cat([part[name] for part in block]) for name, value in block[0].items() if value.ndim}
-            length = rows["prompt_mask"].sum(1) + rows["completion_mask"].sum(1)
-            order = length.where(self._teaches(rows), length.max() + 1).argsort(descending=True, stable=True)
-            for name, values in rows.items():
+            batch = {name: torch.cat([part[name] for part in block]) for name, value in block[0].items() if value.ndim}
+            ids, mask = (
+                torch.cat([batch[f"prompt_{what}"], batch[f"completion_{what}"]], 1) for what in ("ids", "mask")
+            )
+            rows = packing.read_rows(ids, mask, batch["prompt_ids"].shape[1])
+            teaches = self._teaches(batch).tolist()
+            dead = [row for row in rows if not teaches[row.index]]
+            live = [row for row in rows if teaches[row.index]]
+            micro_batch = len(rows) // window
+            order = dead + packing.arrange(live, micro_batch, self.pair_cost, self.shares_prompts)
+            order = torch.tensor([row.index for row in order], device=ids.device)
+            for name, values in batch.items():
                 for part, chunk in zip(block, values[order].chunk(window), strict=True):
                     part[name] = chunk  # in place: `inputs` is one of them
         return inputs

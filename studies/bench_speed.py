@@ -383,6 +383,8 @@ def main(argv: list[str] | None = None) -> None:
     flags = parser.parse_args(argv)
     if (flags.model is None) != (flags.traces is None):
         raise UserError("--model and --traces go together: the training half replays what the model answered")
+    whole = (round(share * flags.questions) / flags.questions for share in flags.flat)
+    flags.flat = [*dict.fromkeys(whole)]  # shares that so many groups can have
     flags.tokens = flags.tokens or (train_grpo.MAX_COMPLETION_TOKENS if flags.model else 200 if CUDA else 48)
     logging.disable(logging.WARNING)
     transformers.logging.disable_progress_bar()

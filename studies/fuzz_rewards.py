@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from engine.console import UserError, run
-from engine.numbers import extract_answer, parse_number
+from engine.numbers import extract_answer, find_numbers, parse_number
 from rewards import correctness_reward, digit_reward, hard_format_reward, mark_reward, soft_format_reward
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
@@ -28,6 +28,7 @@ PIECES = [
     *"0123456789", "1,080", "1，080", "1,08", "３００", "12", "72", ".5", "3.50", "42.", "5²", "1½", "①", "٣", "1e3",
     "3/4", "0" * 40, *"+-−－–—*$￥%％.,，。：=×÷()（）{}[]\\/", "负", "负 ", "**", "\\boxed{", "\\text{", "\\(", "\\[",
     "$$", *"百千万亿", "千克", "百分", "万元", "个", "分钟", "cm²", "美元", "第", "或",
+    *"√π!^|~半天十的", "\\sqrt{", "\\pi", "分之", "又一", "m2", "cm^2", "的平方", "sin ",
     "我们一步一步来", "因此", "答案是", "步骤", "Jasper", "the answer is ", "```python\n", "\n", "\n\n", "\r\n", "\t",
     " ", "　", "\u200b", "\0", "\ud800", "\U0001f600", "é", "ﬁ", "\u202e",
 ]  # fmt: skip
@@ -102,6 +103,7 @@ def find_fault(text: str, label: int, worth: dict[Callable, float]) -> str | Non
         "an answer only from one block": (block is None) or all(once[2:]),
         "digit where the block is a number": (worth[digit_reward] > 0) == (number is not None),
         "correct where that number is the label": (worth[correctness_reward] > 0) == (number == label),
+        "the one number is the one found": number is None or find_numbers(block) == [number],
         "no text around the block changes the answer": block is None
         or extract_answer(f"<answer>{block}</answer>") == block,
         "white space around the whole changes no format": worth[soft_format_reward]

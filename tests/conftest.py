@@ -27,6 +27,14 @@ os.environ.update(
 )
 
 
+SLOWEST = ["test_train.py", "test_studies.py", "test_faults.py", "test_sft.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slowest files first, so that the two workers of pytest-xdist end at about the same time."""
+    items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))
+
+
 FORK = multiprocessing.get_context("fork")  # a process that has imported all that this one has
 
 

@@ -13,7 +13,8 @@ import evaluate
 import prompts
 import train_grpo
 from engine import demo, models, pretraining
-from engine.templates import encode
+from engine.questions import to_prompt
+from engine.templates import CHATML_TEMPLATE, PLAIN_TEMPLATE, carry_prompt, encode, own_template, render, todays_prompt
 from prompts import SYSTEM_PROMPT
 
 QWEN = ROOT.parent / "shared" / "data" / "qwen2.5_tokenizer"
@@ -56,16 +57,17 @@ def test_qwen_base(why, tmp_path, capsys):
 
     conversation = conversation_about("5分钟多少秒")
     answer = {"role": "assistant", "content": TRACE}
-    text = tokenizer.apply_chat_template([*conversation, answer], tokenize=False)
+    text = render(tokenizer, [*conversation, answer], complete=True)
     assert text == f"{SYSTEM_PROMPT}\n\n问题：5分钟多少秒\n回答：\n{TRACE}<|endoftext|>"
-    [prompt] = encode(tokenizer, [conversation])
-    whole = tokenizer.apply_chat_template([*conversation, answer], return_dict=True)["input_ids"]
+    assert text == render(tokenizer, [*to_prompt("5分钟多少秒"), answer], complete=True)  # the template has the prompt
+    [prompt], [whole] = encode(tokenizer, [conversation]), encode(tokenizer, [[*conversation, answer]], complete=True)
     assert whole[: len(prompt)] == prompt and tokenizer.decode(whole[len(prompt) :]) == f"{TRACE}<|endoftext|>"
 
     model.save_pretrained(tmp_path / "saved")
     tokenizer.save_pretrained(tmp_path / "saved")
     _, again = models.load_model(str(tmp_path / "saved"))
-    assert again.chat_template == models.PLAIN_TEMPLATE and not capsys.readouterr().out
+    assert again.chat_template == tokenizer.chat_template == carry_prompt(PLAIN_TEMPLATE, todays_prompt())
+    assert not capsys.readouterr().out
     assert (again.eos_token, again.pad_token) == ("<|endoftext|>", "<|vision_pad|>")
 
 
@@ -80,7 +82,7 @@ def test_end_that_only_the_model_knows(demo_base, tmp_path, capsys):
     model = Path(shutil.copytree(demo_base / "model", tmp_path / "model"))
     edit(model / "tokenizer_config.json", eos_token="<|endoftext|>")
     _, tokenizer = models.load_model(str(model))
-    assert "base model" not in capsys.readouterr().out and tokenizer.chat_template == models.CHATML_TEMPLATE
+    assert "base model" not in capsys.readouterr().out and own_template(tokenizer.chat_template) == CHATML_TEMPLATE
     edit(model / "generation_config.json", eos_token_id=tokenizer.eos_token_id)
     models.load_model(str(model))
     assert "ends a turn with <|im_end|>, where the model does not stop" in capsys.readouterr().out
@@ -93,10 +95,9 @@ def edit(file: Path, **entries: object) -> None:
 def test_begin_token():
     """A tokenizer that begins its texts with a token begins the plain template with it, once."""
     tokenizer = AutoTokenizer.from_pretrained(QWEN) if QWEN.is_dir() else pytest.skip("needs the real tokenizer")
-    tokenizer.chat_template, tokenizer.bos_token = models.PLAIN_TEMPLATE, "<|im_start|>"
+    tokenizer.chat_template, tokenizer.bos_token = PLAIN_TEMPLATE, "<|im_start|>"
     turns = [{"role": role, "content": "1"} for role in ("user", "assistant", "user")]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert text == "<|im_start|>问题：1\n回答：\n1<|im_end|>问题：1\n回答：\n"
+    assert render(tokenizer, turns) == "<|im_start|>问题：1\n回答：\n1<|im_end|>问题：1\n回答：\n"
 
 
 # ------------------------------------------------------------------------------------------------ R1-Zero, as a user
@@ -110,7 +111,7 @@ def test_r1_zero(untaught, tmp_path, capsys, recwarn):
     assert sorted(path.name for path in (output / "base").iterdir()) == ["data"]  # no other model was made for it
     for folder in (output, output / "checkpoint-2", output / "adapter"):
         _, tokenizer = models.load_model(str(folder))
-        assert tokenizer.chat_template == models.PLAIN_TEMPLATE
+        assert tokenizer.chat_template == carry_prompt(PLAIN_TEMPLATE, todays_prompt())
         assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|endoftext|>", "<|im_start|>")
     assert not capsys.readouterr().out
     results = json.loads((output / "results.json").read_text(encoding="utf-8"))
@@ -156,22 +157,23 @@ def test_made_once(untaught, tmp_path, monkeypatch, capsys):
 
 
 def test_what_is_provided(untaught, tmp_path, monkeypatch):
-    """The demo's own model only where none is named; its data only where none are named, the same as ever."""
+    """The demo's own model only where a run reads that; its data only where it reads those, the same as ever."""
     made = []
     monkeypatch.setattr(pretraining.demo, "make_demo", made.append)
     monkeypatch.setattr(pretraining, "make_base", made.append)
     cache = tmp_path / "base"
-    pretraining.provide(cache, None, None)
+    model, data = demo.folders(cache)
+    pretraining.provide(cache, model, data)
     pretraining.provide(cache, str(untaught), "data")
     assert made == [cache, untaught] and not cache.exists()
-    pretraining.provide(cache, "somebody/elses", None)
+    pretraining.provide(cache, "somebody/elses", data)
     assert len(made) == 2 and sorted(path.name for path in cache.iterdir()) == ["data"]
     assert pretraining.is_ours("output/demo/base/student") and not pretraining.is_ours("models/student")
 
 
 def test_data_is_the_demos(demo_base, tmp_path):
     """A run from a named model has the questions that the demo's own base is measured on."""
-    pretraining.provide(tmp_path, "somebody/elses", None)
+    pretraining.provide(tmp_path, "somebody/elses", demo.folders(tmp_path)[1])
     for split in ("train", "test"):
         [file], [same] = ([*(folder / "data" / split).glob("*.arrow")] for folder in (tmp_path, demo_base))
         assert file.read_bytes() == same.read_bytes()

@@ -11,7 +11,8 @@ from conftest import conversation_about
 import prompts
 from engine import demo
 from engine.numbers import extract_answer, parse_number
-from engine.questions import load_questions
+from engine.questions import load_questions, load_splits, pairs_of, to_prompt
+from engine.templates import render
 from prompts import ANSWER_COLUMN, QUESTION_COLUMN, SYSTEM_PROMPT
 from rewards import REWARD_MAXIMA, REWARDS, hard_format_reward
 from train_grpo import PROBE_QUESTION
@@ -127,6 +128,15 @@ def test_data_folder(base, parts):
         assert rows[QUESTION_COLUMN][:] == [p.question for p in parts[split]]
 
 
+def test_development_questions(base, parts):
+    """A run of the demo is measured on its last 240 training questions, trains on the 1,600 before, and tests on 240
+    others."""
+    train, dev, test = load_splits(str(base / "data"), demo.RECIPE["DEV_QUESTIONS"])
+    drawn = [(p.question, p.answer) for p in parts["train"]]
+    assert (len(train), len(dev), len(test)) == (1600, 240, 240)
+    assert pairs_of(train) == drawn[:1600] and pairs_of(dev) == drawn[1600:]
+
+
 def test_tokenizer_comes_back_whole(base, parts):
     """Through AutoTokenizer, as everybody loads it: same ids and text, newlines included, and an end that is no pad."""
     from transformers import AutoTokenizer, GenerationConfig
@@ -135,9 +145,8 @@ def test_tokenizer_comes_back_whole(base, parts):
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
     for p in parts["traces"][:100]:
         assert tokenizer.decode(tokenizer(p.trace)["input_ids"]) == p.trace
-    prompt = tokenizer.apply_chat_template(
-        conversation_about(PROBE_QUESTION), add_generation_prompt=True, tokenize=False
-    )
+    prompt = render(tokenizer, to_prompt(PROBE_QUESTION))
+    assert prompt == render(tokenizer, conversation_about(PROBE_QUESTION))
     assert prompt == (
         f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n{PROBE_QUESTION}<|im_end|>\n"
         "<|im_start|>assistant\n"

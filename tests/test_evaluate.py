@@ -1,6 +1,5 @@
 """evaluate.py and chat.py: figures that are right, and scripts that work as the README says."""
 
-import io
 import json
 import math
 import os
@@ -19,11 +18,13 @@ from conftest import ROOT, conversation_about, error_line, run_main, run_script
 
 import chat
 import evaluate as evaluate_script
-import prompts
 import train_grpo
-from engine import accuracy, console, models
+from engine import accuracy, console
 from engine.accuracy import evaluate, evaluate_samples, grade, interval, summarize, summarize_samples
 from engine.console import UserError
+from engine.questions import load_splits, to_prompt
+from engine.templates import CHATML_TEMPLATE, carry_prompt, encode
+from prompts import WORKED_EXAMPLE
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_evaluate_counts():
     right, wrong, cut = ("<think>x</think><answer>7</answer>", "<answer>8</answer>", "<think>")
     codes = {text: [*map(ord, text), *([] if text is cut else [0])] for text in (right, wrong, cut)}
     sampler = Parrot({3: codes[right], 2: codes[wrong], 1: codes[cut]})
-    questions = {"prompt": [conversation_about(q) for q in ("aaa", "b", "cc", "ddd")], "answer": [7, 7, 7, 7]}
+    questions = {"prompt": [to_prompt(q) for q in ("aaa", "b", "cc", "ddd")], "answer": [7, 7, 7, 7]}
     figures, rows = evaluate(sampler, Letters(), questions, 64, batch_size=3)
     assert sampler.batches == [[3, 3, 2], [1]]  # alike lengths together, the longest first
     assert [row["question"] for row in rows] == ["aaa", "b", "cc", "ddd"]
@@ -112,7 +113,7 @@ def test_samples_are_drawn_for_each_question():
     """At temperature 1, as many for each question, in the order of the questions."""
     codes = {text: [*map(ord, text), 0] for text in ("<answer>7</answer>", "<answer>8</answer>")}
     sampler = Parrot({3: codes["<answer>7</answer>"], 1: codes["<answer>8</answer>"]})
-    questions = {"prompt": [conversation_about("b"), conversation_about("aaa")], "answer": [7, 7]}
+    questions = {"prompt": [to_prompt("b"), to_prompt("aaa")], "answer": [7, 7]}
     figures, drawn = evaluate_samples(sampler, Letters(), questions, 64, batch_size=4, samples=3)
     assert sampler.temperatures == [1.0, 1.0] and sampler.batches == [[3, 3, 3, 1], [1, 1]]
     assert [[row["question"] for row in rows] for rows in drawn] == [["b"] * 3, ["aaa"] * 3]
@@ -216,43 +217,48 @@ def test_chat_into_a_closed_pipe(demo_base):
     assert "Traceback" not in said and "BrokenPipe" not in said and chat.returncode == 0
 
 
-def test_another_prompt_than_in_training(demo_base, tmp_path, monkeypatch, capsys):
-    """A model is asked as it was trained; where prompts.py has another EXAMPLE by now, a line says so."""
-    model = tmp_path / "model"
-    shutil.copytree(demo_base / "model", model)
-    (model / "recipe").mkdir()
+@pytest.fixture(params=["template", "recipe"])
+def trained(request, demo_base, tmp_path) -> Path:
+    """The demo's model as a training under another prompt and limit saves it: in its template and generation_config;
+    or as the scripts saved it before templates carried prompts, with a large EVAL_BATCH: in recipe.json."""
+    model = Path(shutil.copytree(demo_base / "model", tmp_path / "model"))
+    template = CHATML_TEMPLATE
+    if request.param == "template":
+        template = carry_prompt(template, conversation_about("", "按格式", WORKED_EXAMPLE)[:-1])
+        limits = json.loads((model / "generation_config.json").read_text()) | {"max_new_tokens": 40}
+        (model / "generation_config.json").write_text(json.dumps(limits))
+    else:
+        (model / "recipe").mkdir()
+        recipe = {"SYSTEM_PROMPT": "按格式", "EXAMPLE": WORKED_EXAMPLE, "EVAL_BATCH": 4096, "MAX_COMPLETION_TOKENS": 40}
+        (model / "recipe/recipe.json").write_text(json.dumps(recipe))
+    (model / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return model
+
+
+def test_asked_as_in_training(trained, demo_base, run_chat, monkeypatch):
+    """evaluate.py and chat.py ask a model under the prompt of its training, whatever prompts.py has by now."""
     asked = []
 
-    def encode(tokenizer, conversations):
-        asked.extend(conversations)
-        return models_encode(tokenizer, conversations)
+    def record(tokenizer, conversations):
+        ids = encode(tokenizer, conversations)
+        questions = (messages[-1]["content"] for messages in conversations)
+        asked.extend(zip(questions, map(tokenizer.decode, ids), strict=True))
+        return ids
 
-    models_encode = models.encode
-    for module in (models, accuracy):  # chat.py takes it from the one, evaluate.py from the other
-        monkeypatch.setattr(module, "encode", encode)
-    said = "note: this model is asked under the EXAMPLE of its training"
-    for example in (prompts.EXAMPLE, prompts.WORKED_EXAMPLE):
-        trained = {"SYSTEM_PROMPT": "按格式", "EXAMPLE": example}
-        (model / "recipe/recipe.json").write_text(json.dumps(trained))
-        monkeypatch.setattr(sys, "argv", ["chat.py", str(model), "--cpu"])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("5分钟多少秒\nexit\n".encode()), "utf-8"))
-        for script in (
-            chat.main,
-            lambda: evaluate_script.main([str(model), "--dataset", str(demo_base / "data"), "--limit", "2", "--cpu"]),
-        ):
-            script()
-            out = capsys.readouterr().out
-            assert (said in out) == (example != prompts.EXAMPLE) and "the SYSTEM_PROMPT of its training" in out
-            assert asked and all(turns[:-1] == conversation_about("", "按格式", example)[:-1] for turns in asked)
-            asked.clear()
+    monkeypatch.setattr(accuracy, "encode", record)
+    monkeypatch.setattr(chat, "encode", record)
+    said = run_chat(trained, "--cpu", stdin="5分钟多少秒\nexit\n")
+    evaluate_script.main([str(trained), "--dataset", str(demo_base / "data"), "--limit", "2", "--cpu"])
+    assert len(asked) == 3 and "note" not in said
+    for question, text in asked:
+        turns = conversation_about(question, "按格式", WORKED_EXAMPLE)
+        written = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
+        assert text == f"{written}<|im_start|>assistant\n"
 
 
-def test_memory_and_folder_are_this_machines(demo_base, tmp_path, monkeypatch):
-    """A model trained with a large EVAL_BATCH is evaluated with ours; a wrong --output costs no answers."""
-    model = tmp_path / "model"
-    shutil.copytree(demo_base / "model", model)
-    (model / "recipe").mkdir()
-    (model / "recipe/recipe.json").write_text(json.dumps({"EVAL_BATCH": 4096, "MAX_COMPLETION_TOKENS": 40}))
+def test_memory_and_folder_are_this_machines(trained, demo_base, tmp_path, monkeypatch):
+    """A model may write as much as in its training, but as many rows at a time as our EVAL_BATCH says; a wrong --output
+    costs no answers."""
     given = []
 
     def out_of_memory(sampler, tokenizer, questions, tokens, batch, title):
@@ -260,7 +266,7 @@ def test_memory_and_folder_are_this_machines(demo_base, tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(evaluate_script, "evaluate", out_of_memory)
-    flags = [str(model), "--dataset", str(demo_base / "data"), "--cpu"]
+    flags = [str(trained), "--dataset", str(demo_base / "data"), "--cpu"]
     with pytest.raises(SystemExit) as left:
         console.run(lambda: evaluate_script.main(flags))
     assert left.value.code == 2 and given == [40, train_grpo.EVAL_BATCH]
@@ -270,6 +276,27 @@ def test_memory_and_folder_are_this_machines(demo_base, tmp_path, monkeypatch):
     assert len(given) == 2
 
 
+def test_development_questions(demo_base, tmp_path, monkeypatch, capsys):
+    """--split dev asks the questions that training keeps for its curves, and says so; without it the test questions."""
+    asked = []
+
+    def read(sampler, tokenizer, questions, tokens, batch, title):
+        asked.append(questions["prompt"][:])
+        rows = [grade("<answer>1</answer>", 1) | {"tokens": 5, "truncated": False}]
+        return summarize(rows), rows
+
+    monkeypatch.setattr(evaluate_script, "evaluate", read)
+    flags = [str(demo_base / "model"), "--dataset", str(demo_base / "data"), "--output", str(tmp_path), "--cpu"]
+    for more in ([], ["--split", "dev"]):
+        evaluate_script.main([*flags, *more])
+    _, dev, test = load_splits(str(demo_base / "data"), train_grpo.DEV_QUESTIONS)
+    assert asked == [test["prompt"][:], dev["prompt"][:]] and len(dev) == train_grpo.DEV_QUESTIONS
+    assert [line.rsplit(", ", 1)[1] for line in re.findall("^data .*", capsys.readouterr().out, re.MULTILINE)] == [
+        "test questions",
+        "dev questions",
+    ]
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_full_disk(demo_base, tmp_path, capsys):
     """Where the figures find no room the user reads one line that says so."""
@@ -277,7 +304,7 @@ def test_full_disk(demo_base, tmp_path, capsys):
     flags = [demo_base / "model", "--dataset", demo_base / "data", "--limit", 2, "--output", tmp_path, "--cpu"]
     with pytest.raises(SystemExit) as left:
         console.run(lambda: run_main(evaluate_script.main, *flags))
-    said = capsys.readouterr().err
+    said = capsys.readouterr().err.replace("\r", "\n")  # the progress bar's
     assert left.value.code == 2 and re.search(r"^error: .*No space left on device; free some", said, re.MULTILINE)
     assert "Traceback" not in said
 

@@ -294,7 +294,7 @@ def test_users_error_in_two_processes(demo_output, capfd):
     (demo_output / "checkpoint-1").mkdir()
 
     def main() -> None:
-        console.run(lambda: train_grpo.main(["--demo", "--cpu", "--output", str(demo_output)]))
+        console.run(lambda: train_grpo.main(["--demo", "--cpu", "--output", str(demo_output)], MICRO_BATCH=8))
 
     assert run_two_processes(main) == [2, 2]
     said = capfd.readouterr().err

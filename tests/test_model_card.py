@@ -9,11 +9,11 @@ import pytest
 from conftest import ROOT, conversation_about, run_main
 from huggingface_hub import ModelCard
 
-import prompts
 import train_grpo
 from engine.model_card import LAST_QUESTION, is_hub_id, model_card, modelfile
-from engine.models import load_model, render
-from engine.questions import load_questions
+from engine.models import load_model
+from engine.questions import load_splits, to_prompt
+from engine.templates import carry_prompt, render
 from prompts import SYSTEM_PROMPT, WORKED_EXAMPLE
 
 README = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/recipe.md"))
@@ -42,10 +42,11 @@ RECORDS = {"recipe": "recipe/recipe.json", "results": "results.json", "config": 
 
 
 def test_data_of_your_own(run):
-    """The README's rows are read as they stand there, three to train on and others to test with, and are learned."""
-    train, test = (load_questions(str(run.data), split) for split in ("train", "test"))
-    assert len(train) == 3 and all(label > 0 for label in train["answer"])
-    assert not {p[-1]["content"] for p in train["prompt"]} & {p[-1]["content"] for p in test["prompt"]}
+    """The README's rows are read as they stand there, four to train on, one to develop with, others to test with."""
+    train, dev, test = load_splits(str(run.data), train_grpo.DEV_QUESTIONS)
+    assert (len(train), len(dev)) == (4, 1) and all(label > 0 for label in train["answer"])
+    asked = [question["content"] for rows in (train, dev, test) for [question] in rows["prompt"]]
+    assert len(set(asked)) == len(asked)
     assert run.results["finished"] and run.results["steps"] == 1 and run.results["after"]["n"] == len(test)
 
 
@@ -82,12 +83,14 @@ def test_card_of_other_runs(run):
 
 @pytest.mark.parametrize("page", ["README.md", "card"])
 def test_pipeline(run, page, monkeypatch, capsys):
-    """The lines for transformers' pipeline, as the README and the card have them, give the run's own greedy answer."""
+    """The lines for transformers' pipeline, as the README and the card have them, give the run's own greedy answer:
+    the folder knows the prompt, the limit of 32 tokens and that nothing is sampled. They import nothing of ours."""
     text = README if page == "README.md" else (run.output / "README.md").read_text(encoding="utf-8")
     code = block_with("pipeline(", text)
     monkeypatch.chdir(run.output if page == "card" else run.output.parent)
     capsys.readouterr()
-    exec(code.replace('"output"', '"run"').replace("max_new_tokens=512", "max_new_tokens=32"), {})
+    assert "prompts" not in code and "max_new_tokens" not in code
+    exec(code.replace('"output/grpo"', '"run"'), {})
     assert capsys.readouterr().out.strip() == run.results["probe"]["after"].strip()
 
 
@@ -97,7 +100,8 @@ def test_saved_for_other_programs(run):
     model, tokenizer = load_model(str(run.output))
     assert model.config.rope_parameters["rope_theta"] == run.config["rope_theta"]
     generation = json.loads((run.output / "generation_config.json").read_text())
-    assert generation["eos_token_id"] == tokenizer.eos_token_id and not generation.get("do_sample")
+    assert generation["eos_token_id"] == tokenizer.eos_token_id and generation["do_sample"] is False
+    assert generation["max_new_tokens"] == 32
     assert not {"temperature", "top_p", "top_k", "repetition_penalty"} & generation.keys()
 
 
@@ -107,7 +111,7 @@ def parse_modelfile(text: str) -> list[tuple[str, str]]:
     return [
         (name, quoted or plain.strip('"'))
         for name, quoted, plain in re.findall(
-            r'^(FROM|TEMPLATE|SYSTEM|PARAMETER \w+) (?:"""(.*?)"""|(.*?))$', text, flags=re.M | re.S
+            r'^(FROM|TEMPLATE|PARAMETER \w+) (?:"""(.*?)"""|(.*?))$', text, flags=re.M | re.S
         )
     ]
 
@@ -117,8 +121,7 @@ def test_modelfile(run):
     text = (run.output / "Modelfile").read_text(encoding="utf-8")
     commands = dict(parse_modelfile(text))
     _, tokenizer = load_model(str(run.output))
-    assert len(commands) == len(parse_modelfile(text)) == 7
-    assert commands["FROM"] == "." and commands["SYSTEM"] == SYSTEM_PROMPT
+    assert len(commands) == len(parse_modelfile(text)) == 6 and commands["FROM"] == "."
     assert commands["PARAMETER stop"] == tokenizer.eos_token == "<|im_end|>"
     assert [commands[f"PARAMETER {name}"] for name in ("temperature", "repeat_penalty", "num_predict")] == [
         "0",
@@ -127,23 +130,20 @@ def test_modelfile(run):
     ]
     template = commands["TEMPLATE"]
     assert template.startswith(LAST_QUESTION)
-    filled = template.removeprefix(LAST_QUESTION).replace("{{ .System }}", SYSTEM_PROMPT)
     question = "5分钟多少秒"
-    assert filled.replace("{{ $question }}", question) == render(tokenizer, conversation_about(question))
+    filled = template.removeprefix(LAST_QUESTION).replace("{{ $question }}", question)
+    assert SYSTEM_PROMPT in filled and filled == render(tokenizer, to_prompt(question))
+    assert filled == render(tokenizer, conversation_about(question))
 
 
-def test_example_goes_along(run, monkeypatch):
-    """Asked behind an example in training, the model is so by Ollama and by the card's lines."""
-    monkeypatch.setattr(prompts, "EXAMPLE", WORKED_EXAMPLE)
+def test_example_goes_along(run):
+    """Asked behind an example in training, the model is so by Ollama."""
     _, tokenizer = load_model(str(run.output))
+    asked = conversation_about("5分钟多少秒", example=WORKED_EXAMPLE)
+    expected = render(tokenizer, asked)  # a system turn of its own: the template adds nothing
+    tokenizer.chat_template = carry_prompt(tokenizer.chat_template, asked[:-1])
     template = dict(parse_modelfile(modelfile(tokenizer, 32)))["TEMPLATE"].removeprefix(LAST_QUESTION)
-    filled = template.replace("{{ .System }}", SYSTEM_PROMPT).replace("{{ $question }}", "5分钟多少秒")
-    asked = conversation_about("5分钟多少秒")
-    assert len(asked) == 4 and filled == render(tokenizer, asked)
-    code = block_with("pipeline(", model_card(run.recipe | {"EXAMPLE": WORKED_EXAMPLE}, run.results))
-    names = {}
-    exec(code.partition("limits =")[0], names)
-    assert names["messages"] == asked
+    assert len(asked) == 4 and template.replace("{{ $question }}", "5分钟多少秒") == expected
 
 
 def test_folder_is_what_ollama_reads(run):

@@ -48,14 +48,9 @@ DRIVEN = {
         made(reward__zero_variance_groups=over(0.2, 0.7), correctness__correct=over(0.3, 0.6)),
     ),
     "thinking_shrinks": (made(length__thinking=over(200, 90)), made(length__thinking=over(200, 110))),
-    "guesses_instead": (
-        # format and length as recorded in five steps on a real 0.5B model; a cold-started one keeps its length
-        made(format__soft_format=[0.03, 0.08, 0.09, 0.44, 0.77], length__thinking=[231, 226, 212, 125, 83]),
-        made(format__soft_format=[0.03, 0.08, 0.09, 0.44, 0.77], length__thinking=[231, 226, 212, 150, 140]),
-    ),
     "entropy_collapsed": (made(training__entropy=over(0.5, 0.04)), made(training__entropy=over(0.5, 0.1))),
 }
-EARLIEST = {"guesses_instead": monitor.SUDDEN}  # steps; WINDOW for all others
+EARLIEST = {"thinking_shrinks": monitor.FIRST_STEPS + monitor.LAST_STEPS}  # steps; WINDOW for all others
 
 
 # Reasoning of a real 0.5B model, with formulas that resemble each other
@@ -113,31 +108,20 @@ def test_alarm(check):
     assert check(bad[: EARLIEST.get(check.__name__, WINDOW) - 1]) is None and check([]) is None  # too early to tell
 
 
-def test_alarms_on_a_real_model_that_gives_up_reasoning():
-    """As recorded, most of the format known at the start: one alarm in step 6, the other when WINDOW are short."""
-    form = "72 84 56 88 94 100 88 94 100 97 100 100 100 100 100 100 97 97 97 100 100 100 100 100 100"
-    length = "168 125 219 103 72 51 110 73 54 71 78 50 49 49 46 52 52 70 48 68 52 54 53 52 60"
-    history = made(
-        format__soft_format=[int(share) / 100 for share in form.split()],
-        length__thinking=list(map(int, length.split())),
-    )
-    rung = {
-        check: [step for step in range(len(history) + 1) if check(history[:step])]
-        for check in (monitor.guesses_instead, monitor.thinking_shrinks)
-    }
-    assert rung == {monitor.guesses_instead: [6], monitor.thinking_shrinks: [23, 24, 25]}
-
-
-def test_alarms_on_the_tutorials_rewards():
-    """As recorded: its soft format wants what its hard one forbids, and this run learned the hard one."""
-    hard = "0 0 0 0 0 3 6 9 47 75 88 94 100 100 97 16 78 94"
-    length = "143 163 134 113 81 81 29 76 40 37 33 7 2 4 3 0 2 2"
-    history = made(
-        format__soft_format=[0.0] * 18,
-        format__hard_format=[int(share) / 100 for share in hard.split()],
-        length__thinking=list(map(int, length.split())),
-    )
-    assert [step for step in range(19) if monitor.guesses_instead(history[:step])] == [12, 13]
+@pytest.mark.parametrize(
+    "length",
+    [
+        # a real 0.5B model that reasoned outside the format learned to guess in it within six steps
+        "168 125 219 103 72 51 110 73 54 71 78 50 49 49 46 52 52 70 48 68 52 54 53 52 60",
+        # the tutorial's rewards on it: one-line answers are paid
+        "143 163 134 113 81 81 29 76 40 37 33 7 2 4 3 0 2 2",
+    ],
+)
+def test_alarm_on_a_real_model_that_gives_up_reasoning(length):
+    """As recorded: the alarm rings within nine steps, and holds at the end."""
+    history = made(length__thinking=list(map(int, length.split())))
+    rung = [step for step in range(len(history) + 1) if monitor.thinking_shrinks(history[:step])]
+    assert 7 <= rung[0] <= 9 and rung[-1] == len(history)
 
 
 def test_a_healthy_run_raises_no_alarm():
@@ -191,7 +175,7 @@ def test_repetition(text, repeats):
     assert monitor.repeats_itself(text) is repeats
 
 
-def test_a_step_that_is_not_finite_ends_the_run_unsaved(demo_output, monkeypatch):
+def test_a_step_that_is_not_finite_ends_the_run_unsaved(demo_output):
     """A reward of the second step that is no number: the step is named, and nothing is saved after the first one."""
     calls = []
 
@@ -199,9 +183,9 @@ def test_a_step_that_is_not_finite_ends_the_run_unsaved(demo_output, monkeypatch
         calls.append(len(completions))
         return [math.nan if len(calls) == 2 else 0.5] * len(completions)
 
-    monkeypatch.setitem(REWARDS, 0, mark_reward)
     with pytest.raises(UserError, match="^step 2: rewards/mark_reward/mean not finite"):
-        run_main(train_grpo.main, "--demo", "--output", demo_output, "--max-steps", 3, SAVE_EVERY=1)
+        rewards = [mark_reward, *REWARDS[1:]]
+        run_main(train_grpo.main, "--demo", "--output", demo_output, "--max-steps", 3, SAVE_EVERY=1, REWARDS=rewards)
     assert [path.name for path in demo_output.glob("checkpoint-*")] == ["checkpoint-1"]
     assert (demo_output / "curves.png").exists() and not (demo_output / "model.safetensors").exists()
 

@@ -20,9 +20,10 @@ from trl.trainer.utils import RepeatSampler
 import train_grpo
 from engine import models, rollout
 from engine.rollout import Rollout, Sampler
+from engine.templates import encode
 from prompts import QUESTION_COLUMN
 
-# Twelve questions, four a step: a pass is three steps, and the run has three passes.
+# Twelve questions to train on, four a step: a pass is three steps, and the run has three passes.
 SMALL = {"QUESTIONS_PER_STEP": 4, "COMPLETIONS_PER_QUESTION": 4, "MICRO_BATCH": 4, "EPOCHS": 3.0, "WARMUP_STEPS": 1}
 SMALL |= {"MAX_COMPLETION_TOKENS": 32, "DEV_QUESTIONS": 2, "EVAL_EVERY": 100, "SAVE_EVERY": 1, "SAVE_LIMIT": 9}
 SMALL |= {"BF16": False, "LEARNING_RATE": 5e-4, "GRADIENT_CHECKPOINTING": False}
@@ -34,7 +35,7 @@ def flags(demo_base, tmp_path_factory) -> list[str]:
     """The model and the twelve questions."""
     folder = tmp_path_factory.mktemp("data")
     data = load_from_disk(demo_base / "data")
-    for split, count in (("train", 12), ("test", 2)):
+    for split, count in (("train", 14), ("test", 2)):
         data[split] = data[split].select(range(count))
     data.save_to_disk(folder)
     return ["--cpu", "--model", str(demo_base / "model"), "--dataset", str(folder)]
@@ -55,9 +56,7 @@ def train(flags):
                     or generate(self, prompts, trainer)
                 ),
             )
-            for name, value in SMALL.items():
-                patch.setattr(train_grpo, name, value)
-            train_grpo.main([*flags, "--output", str(output), *more])
+            train_grpo.main([*flags, "--output", str(output), *more], **SMALL)
         return asked
 
     return run
@@ -79,7 +78,9 @@ def killed_after(step: int, whole: Path, output: Path) -> Path:
         elif int(path.name.removeprefix("checkpoint-")) > step:
             shutil.rmtree(path)
     results = json.loads((output / "results.json").read_text())
-    (output / "results.json").write_text(json.dumps({name: results[name] for name in ("before", "probe")}))
+    (output / "results.json").write_text(
+        json.dumps({name: results[name] for name in ("before", "probe")} | {"finished": False})
+    )
     return output
 
 
@@ -93,7 +94,7 @@ def test_each_pass_has_every_question_once_in_an_order_of_its_own(whole_run, fla
     passes = [sum(whole_run.asked[first : first + PASS], []) for first in range(0, STEPS, PASS)]
     assert len(whole_run.asked) == STEPS
     assert [len(set(asked)) for asked in passes] == [12] * 3
-    questions = load_from_disk(flags[-1])["train"]
+    questions = load_from_disk(flags[-1])["train"].select(range(12))  # the last two are for development
     sampler = RepeatSampler(questions, mini_repeat_count=1, batch_size=12, seed=train_grpo.SEED)
     assert passes == [[questions[i][QUESTION_COLUMN] for i in sampler] for _ in range(3)]
 
@@ -111,16 +112,13 @@ DRIVER = """
 import json, os, sys
 import train_grpo
 from engine import rollout
-from engine.templates import encode
 generate = rollout.Rollout.__call__
 def record(self, prompts, trainer):
     with open(os.environ["ASKED"] + os.environ["RANK"], "a") as file:
         file.write(json.dumps([prompt[-1]["content"] for prompt in prompts]) + "\\n")
     return generate(self, prompts, trainer)
 rollout.Rollout.__call__ = record
-for name, value in json.loads(os.environ["SMALL"]).items():
-    setattr(train_grpo, name, value)
-train_grpo.run(train_grpo.main)
+train_grpo.run(lambda: train_grpo.main(**json.loads(os.environ["SMALL"])))
 """
 
 

@@ -278,6 +278,123 @@ def test_no_number(text):
 def test_an_unreadable_number_is_still_one():
     assert parse_number("5² 是 25") is None
     assert find_numbers("5² 是 25") == [25]
+    assert parse_number("1万零5") is None and parse_number("\\sqrt{9}+5") is None
+    assert parse_number("3:2") is None and parse_number("3：2") is None
+
+
+DIGITS_OF_UNITS = [
+    *(f"72{gap}{unit}" for gap in ("", " ") for unit in ("m2", "m3", "km2", "cm^2", "m^{2}", "m^3", "ft2", "in^2")),
+    *(f"72{gap}\\text{{{blank}cm}}^2" for gap in ("", " ", "\\,", "~", "\\ ") for blank in ("", " ")),
+    *("$72\\text{ cm}^2$", "72\\text{ cm}^{2}", "72 \\mathrm{~cm}^{2}", "72 \\text{cm$^2$}", "72 $cm^2$", "72 cm$^2$"),
+    *("\\boxed{72\\,\\text{cm}^{2}}", "\\boxed{72}\\text{ cm}^2", "\\(72 \\text{ m}^2\\)", "\\[72\\] m^2"),
+    *(
+        "**72** cm^2",
+        "**72 cm^2**",
+        "72 M2",
+        "72CM^2",
+        "72m2。",
+        "72 m2.",
+        "72 m2, 谢谢",
+        "面积是72m2的",
+        "72 m<sup>2</sup>",
+    ),
+    *("72（cm2）", "72(m^2)", "72 米^2", "72 平方厘米", "72 units^2", "72 inches^2", "72·m^2", "７２m2"),
+    *(
+        "72 元/m2",
+        "72 元/m^2",
+        "72 \\text{kg}/\\text{m}^3",
+        "72 m/s^2",
+        "72m/s2",
+        "72 m·s^{-2}",
+        "72 m3/h",
+        "72 cm^3/s",
+    ),
+]
+
+
+@pytest.mark.parametrize("text", DIGITS_OF_UNITS)
+def test_a_digit_of_a_unit_is_no_second_number(text):
+    """The power of a unit, in plain text, LaTeX or HTML, leaves the number that has the unit alone."""
+    assert find_numbers(text) == [72] and parse_number(text) == 72
+
+
+def test_a_unit_leaves_sign_multiplier_and_hyphen_as_they_are():
+    """A unit with a digit changes nothing about the number before it, nor about the one behind it."""
+    assert find_numbers("-3万m2") == [-30000] and find_numbers("1.5 万 m^2") == [15000]
+    assert find_numbers("72m2-80m2") == [72, 80] and find_numbers("3m2 或 4m2") == [3, 4]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("72x^2", "72 x2", "72x2", "m^2=72", "x^2=72", "x_1=72", "72克CO2", "H2O 72", "A4纸72张"),  # a factor, a name
+        *("72m20", "72m2.5", "72m2,000", "5m3cm", "5m3厘米", "5 m 3", "5米2", "72 m^20"),  # it counts something
+    ],
+)
+def test_a_digit_of_no_unit_is_a_second_number(text):
+    """A power that stands on no unit of a number, or digits that count something themselves, are numbers."""
+    assert len(find_numbers(text)) == 2 and parse_number(text) is None
+
+
+CHANGED = [
+    # a root
+    *("√9", "√ 9", "√(9)", "√{9}", "√-9", "√.9", "**√9**", "∛8", "2√三", "根号9", "根号下 9", "square root of 9"),
+    *("\\sqrt{9}", "\\sqrt9", "\\sqrt 9", "\\sqrt[3]{27}", "$\\sqrt{9}$", "sqrt(9)", "\\sqrt{\\text{9}}", "9√"),
+    # a factorial; 9! may also exclaim, which nothing here can tell
+    *("9!", "9!!", "9! ", "答案是 9!", "**9**!", "$9$!", "(9)!", "９!", "9!="),
+    # π and vulgar fractions
+    *("3π", "3 π", "3\\pi", "3 \\pi", "3\\cdot\\pi", "3\\times \\pi", "3×π", "3pi", "3兀", "3(π)", "9π cm^2", "3𝜋"),
+    *("π3", "π×3", "π*3", "\\pi \\times 3", "pi * 3", "3 ½", "½ 3", "½×9", "⅟9", "3×½"),
+    # a half
+    *("3半", "3天半", "3 天 半", "**3**天半", "2个半小时", "3个半", "3小时半", "3平方米半", "3km 半", "3万半", "3倍半"),
+    *("3又半", "3 and a half", "3 hours and a half", "3 and one third", "5的一半", "5 米的一半"),
+    # a fraction in words
+    *(
+        "三分之1",
+        "九分之 1",
+        "三分之**1**",
+        "5分之3",
+        "5分之三",
+        "5 分之三",
+        "3分之一",
+        "3又三分之一",
+        "千分之3",
+        "三百分之1",
+    ),
+    # a power or another operation
+    *("2^n", "2^{n}", "9^½", "2^半", "(9)²", "（9）²", "|9|³", "3万²", "9̇", "5\\text{²}"),
+    *("5的平方", "5的立方", "9的算术平方根", "5的倒数", "5的阶乘", "2的n次方", "5的两倍", "5的三分之一", "-5的绝对值"),
+    *("log 9", "\\log 9", "\\ln{9}", "lg9", "log₂8", "\\sin 30^\\circ", "sin(30)", "cos60°", "abs(-5)"),
+    *("|-5|", "｜－5｜", "\\left|-5\\right|", "\\lvert -5 \\rvert", "-(-5)"),
+    # numerals
+    *("3十", "3十万", "十2", "二十3", "3百二", "3百二十", "3千两百", "3万二", "3万一千"),
+]
+
+
+@pytest.mark.parametrize("text", CHANGED)
+def test_what_changes_the_value_makes_it_no_answer(text):
+    """The value is another than that of the digits, so that they are neither paid nor found."""
+    assert parse_number(text) is None and find_numbers(text) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        *(("9！", 9), ("9 !", 9), ("9 个!", 9), ("9 个！", 9)),  # punctuation
+        *(("3 pieces", 3), ("catalog 9", 9), ("π≈3.14", Decimal("3.14")), ("72 (^_^)", 72)),  # words and signs
+        *(("72个半圆", 72), ("72元半价", 72), ("半径72", 72), ("20页，一半", 20), ("上半年72天", 72), ("一半是72", 72)),
+        *(("百分之72", 72), ("百分之 72", 72), ("14分之后", 14), ("3成", 3), ("3‰", 3), ("3 dozen", 3)),  # units
+        *(("72°", 72), ("72º", 72), ("72^\\circ", 72), ("72^{\\circ}C", 72), ("72^{\\text{th}}", 72)),  # degrees
+        *(("72平方", 72), ("3的三角形", 3), ("3万两", 30000), ("3万一年", 30000), ("72十分好", 72), ("第3", 3)),
+        *(("3多", 3), ("30余人", 30), ("近3万", 30000), ("约3", 3)),  # an estimate names its number
+        *(("0.333…", Decimal("0.333")), ("3.14159...", Decimal("3.14159"))),  # dots behind it are none of it
+        *(("|72|", 72), ("| -5 |", -5), ("-(72)", -72), ("-（72）", -72), ("-{72}", -72), ("(72)", 72), ("- (72)", 72)),
+        *(("√9 = 3", 3), ("3天半是84小时", 84), ("25π≈78.5", Decimal("78.5")), ("72 的\n√9", 72)),
+    ],
+)
+def test_what_changes_nothing_is_read(text, number):
+    """What only looks like it leaves the number as it is; beside an unreadable number the others are found."""
+    assert find_numbers(text) == [number]
 
 
 @given(
@@ -287,7 +404,9 @@ def test_an_unreadable_number_is_still_one():
     grouping=st.sampled_from(["", ",", "，"]),
     decimals=st.sampled_from(["", ".0", ".5", ".25", "．75"]),
     chain=st.sampled_from(["", "百", "千", "万", "亿", "千万", "百万", " 万", "**万", "万亿"]),
-    unit=st.sampled_from(["", "元", " 美元", "千克", " 千米", "人。", "%", "**", "平方米", "cm²"]),
+    unit=st.sampled_from(
+        ["", "元", " 美元", "千克", " 千米", "人。", "%", "**", "平方米", "cm²", "m2", "\\text{ cm}^2"]
+    ),
     wide=st.booleans(),
 )
 def test_a_written_number_is_read_back(sign, currency, whole, grouping, decimals, chain, unit, wide):
@@ -542,6 +661,8 @@ def test_a_right_answer_need_not_be_the_label_letter_by_letter(answer, label):
 PIECES = [
     *TAGS,
     *"0123456789７²½٣①,，..．--−–负+$￥*{}百千万亿克分 \n\r\t　三答案",
+    *"√π!^|()半天个之又十的",
+    *("\\sqrt{", "\\pi", "分之", "m2", "cm^2", "的平方"),
     "\r\n",
     "\\boxed{",
     "\\text{",
@@ -629,6 +750,76 @@ LONG = {  # what: (beginning, what is repeated, end)
 }
 
 
+REPEATED = [
+    *(
+        "√",
+        "√ ",
+        "√9",
+        "1!",
+        "π",
+        "1π",
+        "1×",
+        "1×π",
+        "\\sqrt",
+        "\\sqrt[",
+        "\\sqrt{",
+        "log(",
+        "root of ",
+        "|-",
+        "-(",
+        "\\left|",
+    ),
+    *(
+        "1半",
+        "1天",
+        "天",
+        "半",
+        "1天 ",
+        "分之",
+        "1分之",
+        "百分之",
+        "十",
+        "1十",
+        "1又",
+        "1的",
+        "的一半",
+        "1百二",
+        "½",
+        "1 ½",
+    ),
+    *(
+        "1m",
+        "1m2",
+        "m2",
+        "1/",
+        "1m/",
+        "m/",
+        "1cm^",
+        "1^",
+        "^",
+        "1 米",
+        "1\\text{",
+        "1 and a ",
+        "abc ",
+        "(",
+        "(1",
+        ")",
+        "~",
+        "\\,",
+    ),
+]
+
+
+@pytest.mark.parametrize("repeated", REPEATED)
+def test_reading_changed_numbers_is_linear(repeated):
+    """Whatever is repeated, behind whatever begins a match, it is read once and not once more from each character."""
+    for beginning in ("", "1", "√", "1 km/"):
+        text = beginning + repeated * (30_000 // len(repeated))
+        start = time.process_time()
+        find_numbers(text)
+        assert time.process_time() - start < 2  # a tenth of this, or many times as much
+
+
 @pytest.mark.parametrize(("beginning", "repeated", "end"), LONG.values(), ids=LONG)
 def test_work_is_linear(beginning, repeated, end):
     def seconds(length: int) -> float:
@@ -668,6 +859,7 @@ def right_answers(n: int) -> list[str]:
     return [
         *(form for text in (plain, grouped, tenths) for form in (text, wide(text), f" {text} ", f"**{text}**")),
         f"{n}个", f"{n} 美元", f"{grouped} 元", f"{n}千克", f"{n} 千米", f"{n}cm²", f"{n} 平方米", f"{n}百分点",
+        f"{n}m2", f"{n} m^2", f"{grouped}\\text{{ cm}}^2", f"${n}\\text{{ cm}}^{{2}}$", f"**{n}** km2", f"{n}（m^3）",
         f"{n}%", f"{wide(plain)}％", f"${n}", f"￥{grouped}", f"US${n}", f"€{n}",
         f"${n}$", f"\\boxed{{{n}}}", f"$\\boxed{{{grouped}}}$", f"\\boxed{{{n}\\text{{ 元}}}}", f"\\text{{{n}}}",
         f"{n}.", f"{n}。", f"{n}，", f"{grouped},", f"...{n}", f"答案：{n}", f"={n}", f"（{n}）",
@@ -688,6 +880,8 @@ def wrong_answers(n: int) -> list[str]:
         f"{n}万", f"{n} 万元", f"**{n}**千", f"{n}千万", f"{n}百米", f"$ {n} $ 亿",
         f"{n} 或 {n + 1}", f"{n} {n}", f"{n}-{n + 1}", f"第1天卖{n}个", f"{n}小时30分钟", f"1. {n}", f"2024-05-{n}",
         f"5*60={n}", f"{n}/1", f"{n}e0", f"{n}²", f"{n}½", f"{n}₂", f"{n},1", f"1 {n}", f"{n}^1", f"{n}{{,}}000",
+        f"√{n}", f"\\sqrt{{{n}}}", f"{n}!", f"{n}π", f"π×{n}", f"{n}天半", f"{n}个半小时", f"三分之{n}", f"{n}分之一",
+        f"{n} ½", f"{n}^n", f"({n})²", f"{n}的平方", f"{n}的一半", f"log {n}", f"十{n}", f"{n}十", f"{n}万二",
         "0" * 30 + f"{n}", f"{n}".translate(str.maketrans("0123456789", "٠١٢٣٤٥٦٧٨٩")), "", "三百", "不知道", "many",
     ]  # fmt: on
 

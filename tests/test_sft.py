@@ -325,7 +325,7 @@ def test_one_line_as_a_user(tmp_path):
         ("FINAL_RATE", -0.1, "from 0 to 1"),
         ("EPOCHS", 0, "above 0"),
         ("LEARNING_RATE", "1e-5", "a number; mend it in train_sft.py"),
-        ("MICRO_BATCH", 3, "ROWS_PER_STEP 8 cannot be split into MICRO_BATCH 3"),
+        ("MICRO_BATCH", 3, "ROWS_PER_STEP 8 = 8 rows a step cannot be split into MICRO_BATCH 3"),
         ("SEED", -1, "from 0 to .*mend it in train_grpo.py"),
     ],
 )

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 import make_traces
 import train_grpo
 import train_sft
-from engine import checkpoints, folder
+from engine import checkpoints, folder, runs
 from engine.console import UserError
 
 # train_grpo.py with small steps, saved after each; `--stop` sends SIGHUP twice in the first one, as a terminal that
@@ -28,16 +28,16 @@ from engine.console import UserError
 DRIVER = """
 import signal, sys
 import train_grpo
-from engine import checkpoints, demo
-demo.RECIPE |= {"QUESTIONS_PER_STEP": 2, "MICRO_BATCH": 8, "SAVE_EVERY": 1, "EVAL_EVERY": 100, "DEV_QUESTIONS": 8}
-demo.RECIPE |= {"MAX_COMPLETION_TOKENS": 32, "SAMPLE_EVERY": 1}
+from engine import checkpoints
+small = {"QUESTIONS_PER_STEP": 2, "MICRO_BATCH": 8, "SAVE_EVERY": 1, "EVAL_EVERY": 100, "DEV_QUESTIONS": 8}
+small |= {"MAX_COMPLETION_TOKENS": 32, "SAMPLE_EVERY": 1}
 if "--stop" in sys.argv:
     sys.argv.remove("--stop")
     def hang_up(self, *args, **kwargs):
         signal.raise_signal(signal.SIGHUP)
         signal.raise_signal(signal.SIGHUP)
     checkpoints.StopSignals.on_step_begin = hang_up
-train_grpo.run(train_grpo.main)
+train_grpo.run(lambda: train_grpo.main(**small))
 """
 
 
@@ -119,10 +119,10 @@ def test_a_resumed_run_locks_again(tmp_path):
 def test_other_processes_of_a_run_lock_nothing(tmp_path, monkeypatch):
     """Under a launcher the main process alone takes the lock; the others are its own run."""
     locked = []
-    monkeypatch.setattr(train_grpo, "lock", locked.append)
+    monkeypatch.setattr(runs, "lock", locked.append)
     for main in (False, True):
         state = SimpleNamespace(is_main_process=main, num_processes=2, main_process_first=contextlib.nullcontext)
-        monkeypatch.setattr(train_grpo, "take_machine", lambda *_, state=state: (state, None))
+        monkeypatch.setattr(runs, "start_processes", lambda *_, state=state: (state, None))
         with pytest.raises(UserError, match="empty"):
             train_grpo.main(arguments(train_grpo, tmp_path / "run", tmp_path))
         assert locked == [tmp_path / "run"] * main

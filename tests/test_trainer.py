@@ -63,11 +63,14 @@ class Keep(TrainerCallback):
         self.steps.append({name: grad.clone() for name, grad in grads.items()})  # None, and the optimizer would skip it
 
 
-def train(kind: type[GRPOTrainer], folder, reward=half_flat, lora: bool = False, **settings):
+def train(
+    kind: type[GRPOTrainer], folder, reward=half_flat, lora: bool = False, prompt_words: int | None = None, **settings
+):
     """Train two steps, by default; the trainer, with `.gradients` of each step and `.computed` (rows, columns)."""
     make_model(initializer_range=0.15).save_pretrained(folder / "model")  # a reference model is loaded from there
     model = Qwen2ForCausalLM.from_pretrained(folder / "model")
-    questions = [{"prompt": [{"role": "user", "content": f"w{i} " + "w5 " * (3 * i % 8)}]} for i in range(2, 32)]
+    words = [3 * i % 8 if prompt_words is None else prompt_words + i % 5 for i in range(32)]
+    questions = [{"prompt": [{"role": "user", "content": f"w{i} " + "w5 " * words[i]}]} for i in range(2, 32)]
     defaults = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "num_generations": GROUP}
     defaults |= {"max_completion_length": LONGEST, "max_steps": 2, "learning_rate": 1e-3, "max_grad_norm": 0.0}
     defaults |= {"logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
@@ -139,27 +142,36 @@ def test_gradients_equal_stock(tmp_path, case):
     assert tokens(ours) < tokens(stock)
 
 
-class Trimmed(CarefulTrainer):
-    """The first lever alone."""
+class Alone(CarefulTrainer):
+    """Without shared prompts: trimmed, sorted and skipped rows."""
 
-    _prepare_inputs, _compute_loss = GRPOTrainer._prepare_inputs, GRPOTrainer._compute_loss
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.shares_prompts = False
 
 
-class Sorted(CarefulTrainer):
-    """Without the third lever."""
+class Sorted(Alone):
+    """Without skipping besides."""
 
     def _teaches(self, inputs):
         return torch.ones_like(inputs["advantages"], dtype=torch.bool)
 
 
+class Trimmed(Alone):
+    """Trimming alone."""
+
+    _prepare_inputs, _compute_loss = GRPOTrainer._prepare_inputs, GRPOTrainer._compute_loss
+
+
 def test_each_lever_saves(tmp_path):
-    """Trimming, sorting and skipping each compute less than without, and only labelled positions meet the LM head."""
-    kinds = (GRPOTrainer, Trimmed, Sorted, CarefulTrainer)
-    stock, trimmed, ordered, ours = (train(kind, tmp_path, max_steps=4) for kind in kinds)
-    for trainer in (trimmed, ordered, ours):
+    """Trimming, sorting, skipping and sharing each compute less than without."""
+    kinds = (GRPOTrainer, Trimmed, Sorted, Alone, CarefulTrainer)
+    stock, trimmed, ordered, alone, ours = (train(kind, tmp_path, max_steps=4, prompt_words=12) for kind in kinds)
+    for trainer in (trimmed, ordered, alone, ours):
         assert_same_gradients(trainer, stock)
-    assert tokens(stock) > 1.1 * tokens(trimmed) > 1.1**2 * tokens(ordered) > 1.1**3 * tokens(ours)
-    rows = [sum(rows for rows, _ in trainer.computed) for trainer in (stock, ordered, ours)]
+    computed = [tokens(trainer) for trainer in (stock, trimmed, ordered, alone, ours)]
+    assert all(less < 0.95 * more for more, less in zip(computed, computed[1:], strict=False)), computed
+    rows = [sum(rows for rows, _ in trainer.computed) for trainer in (stock, ordered, alone)]
     assert rows[0] == rows[1] == 64 and 16 < rows[2] < 48
 
 
@@ -258,7 +270,7 @@ def compare_a_rank(folder) -> None:
     assert_same_gradients(ours, stock)
     for mine, its in zip(ours.model.parameters(), stock.model.parameters(), strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)
-    assert ours.computed == [(1, 2)] * 6 if rank else max(ours.computed)[0] == 4
+    assert ours.computed == [(1, 2)] * 6 if rank else tokens(ours) < tokens(stock)
     torch.distributed.barrier()
 
 
