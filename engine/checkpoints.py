@@ -28,7 +28,7 @@ from transformers.trainer_pt_utils import safe_globals
 
 import prompts
 from engine.console import UserError, first_line, note
-from engine.folder import check_writable, existing, sync, write_text
+from engine.folder import check_writable, existing, lock, sync, write_text
 from engine.model_card import modelfile
 
 # What a run leaves behind that nobody wants overwritten. `base/` (the demo's cache) does not count.
@@ -97,6 +97,9 @@ def begin(output: Path, recipe: SimpleNamespace, checkpoint: Path | None) -> dic
     What a killed run left half-done goes, and for a new run one that ended before its first save. For a resumed one,
     newer checkpoints, which are damaged, are set aside, and changed constants are named and recorded.
     """
+    lock(output)
+    if checkpoint is None:
+        find(output, recipe, resume=False)  # again: a folder that was not there could not be locked when it looked
     for pattern in LEFTOVERS:
         _delete(output.glob(pattern))
     if checkpoint is None:

@@ -215,7 +215,7 @@ def open_output(flags: argparse.Namespace, recipe: SimpleNamespace, state: Parti
 
     output = Path(recipe.OUTPUT_DIR)
     with state.main_process_first():
-        if state.is_main_process and (output.exists() or not flags.resume):  # no folder is made to be refused
+        if state.is_main_process and (output.exists() or flags.demo and not flags.resume):  # else `begin` makes it
             lock(output)
         checkpoint = checkpoints.find(output, recipe, flags.resume)
         if flags.demo:
