@@ -49,8 +49,8 @@ SYSTEM_FIRST = """\
 {%- endif %}
 """
 
-# A carrying template is _BEFORE, the turns as JSON, _AFTER, and then the model's own template, at the start of a line as
-# before: elsewhere Jinja would write the white space in front of its first tag.
+# A carrying template is _BEFORE, the turns as JSON, _AFTER, and then the model's own template. That starts a line: else
+# Jinja would write the white space before its first tag.
 _BEFORE = "{%- if not messages or messages[0]['role'] != 'system' %}{%- set messages = "
 _AFTER = " + messages %}{%- endif %}{#- the model's own template #}\n"
 
