@@ -197,6 +197,9 @@ def test_sft_measures_the_same_too(demo_base, tmp_path):
     constants = {name: value for name, value in SMALL.items() if name in train_sft.default_recipe()}
     constants |= {"ROWS_PER_STEP": 2, "MICRO_BATCH": 2, "DEV_QUESTIONS": 2}
     run_main(train_sft.main, *flags, "--max-steps", 1, **constants)
+    for folder in ("run", "run/checkpoint-1"):  # and what it saves answers with as many tokens as it was measured with
+        saved = json.loads((tmp_path / folder / "generation_config.json").read_text())
+        assert saved["max_new_tokens"] == SMALL["MAX_COMPLETION_TOKENS"]
     make(tmp_path / "data", lines(train), lines(test[:4]))
     with pytest.raises(UserError, match="TEST_READ was '6 rows, .* and is '4 rows"):
         run_main(train_sft.main, *flags, "--max-steps", 2, "--resume", **constants)
