@@ -64,7 +64,8 @@ def main() -> None:
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
     texts = longest_questions(tokenizer, train_grpo.MAX_PROMPT_TOKENS)
     rows = [to_row(text, number) for number, text in enumerate(texts)]
-    data = DatasetDict(train=Dataset.from_list(rows[:384]), test=Dataset.from_list(rows[384:]))
+    parts = {"train": rows[:384], "validation": rows[384:392], "test": rows[392:]}
+    data = DatasetDict({name: Dataset.from_list(part) for name, part in parts.items()})
     with tempfile.TemporaryDirectory(prefix="check_gpu_") as name:
         folder = Path(name)
         data.save_to_disk(folder / "data")

@@ -24,7 +24,7 @@ import evaluate
 import train_grpo
 from engine.checkpoints import read_results, write_text
 from engine.console import UserError, run
-from engine.questions import load_questions, to_row
+from engine.questions import load_questions, load_splits, pairs_of, to_row
 
 ARMS = {  # name -> the constants of train_grpo.py in which it departs from RECIPE
     "right": {"REWARD_WEIGHTS": CORRECTNESS},  # right answers alone are paid
@@ -48,18 +48,19 @@ RECIPE = {  # a step takes one core one to two minutes
     "EVAL_EVERY": 1000,  # never on the way: each arm is measured before and after it
     "SAMPLE_EVERY": 5,
 }
-WATCHED = 16  # test questions of the runs' own `before` and `after`, on which nothing here rests
+WATCHED = 16  # development and test questions that a run itself looks at; nothing here rests on them
 
 
 def write_questions(train: str, test: str, count: int, folder: Path) -> str:
-    """A data set folder: the training questions of `train`, and `count` test questions of `test`, always the same."""
-    for split, source in (("train", train), ("test", test)):
-        rows = load_questions(source, split)
-        pairs = list(zip((prompt[-1]["content"] for prompt in rows["prompt"]), rows["answer"], strict=True))
-        if split == "test":
+    """A data set folder: the training questions of `train`, and `count` of its development questions and of the test
+    questions of `test`, always the same."""
+    folder.mkdir(parents=True, exist_ok=True)
+    train_rows, dev_rows, _ = load_splits(train, train_grpo.DEV_QUESTIONS)
+    for split, rows in (("train", train_rows), ("validation", dev_rows), ("test", load_questions(test, "test"))):
+        pairs = pairs_of(rows)
+        if split != "train":
             pairs = random.Random(0).sample(pairs, min(count, len(pairs)))
         lines = [json.dumps(to_row(question, label), ensure_ascii=False) + "\n" for question, label in pairs]
-        folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / f"{split}.jsonl", "".join(lines))
     return str(folder)
 

@@ -23,8 +23,9 @@ import train_with
 import train_grpo
 from engine import demo
 from engine.console import UserError
-from engine.models import find_beside, load_model
-from engine.questions import load_questions, to_row
+from engine.models import load_model
+from engine.questions import load_questions, load_splits, to_row
+from engine.templates import carried_prompt, own_template
 
 
 # --------------------------------------------------------------------------------------------------- other constants
@@ -33,29 +34,35 @@ def seen(monkeypatch):
     """What each training is called with, instead of a training: the flags and the recipe that it would run under."""
     runs = []
 
-    def main(argv):
-        recipe = vars(train_grpo.make_recipe(train_grpo.parse_flags(argv)))
-        runs.append((argv, recipe | {"REWARDS": train_grpo.REWARDS}))
+    def main(argv=None, **constants):
+        _, recipe = train_grpo.configure(argv or [], constants)
+        runs.append((argv, vars(recipe)))
 
     monkeypatch.setattr(train_grpo, "main", main)
     return runs
 
 
-def test_constants_hold_for_one_training(seen):
+def test_constants_hold_for_one_training(seen, monkeypatch, tmp_path):
     """They win over the file's and the demo's, without naming other ones, and are as before when it is over."""
-    before, tutorial = train_grpo.default_recipe() | demo.RECIPE, study_rewards.VARIANTS["tutorial"][1]
-    train_with.train(["--demo"], BETA=0.5, MAX_STEPS=3, **tutorial)
-    train_with.train(["--demo"])
-    (_, changed), (_, unchanged) = seen
-    assert (changed["BETA"], changed["MAX_STEPS"]) == (0.5, 3) and changed["REWARDS"] is study_rewards.TUTORIAL
-    assert changed["REWARD_WEIGHTS"] == study_rewards.EQUAL
+
+    def train_with_words(*words: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["train_with.py", *words])
+        train_with.main()
+
+    before = train_grpo.default_recipe() | demo.RECIPE
+    train_with_words("BETA=0.5", "MAX_STEPS=3", "--demo")
+    study_rewards.train_variant("tutorial", 0, 3, demo.folders(tmp_path / "run/base"), tmp_path / "run")
+    train_with_words("--demo")
+    (_, changed), (_, tutorial), (_, unchanged) = seen
+    assert (changed["BETA"], changed["MAX_STEPS"]) == (0.5, 3)
+    assert tutorial["REWARDS"] is study_rewards.TUTORIAL and tutorial["REWARD_WEIGHTS"] == study_rewards.EQUAL
     assert {name: unchanged[name] for name in before if name not in ("MODEL", "DATASET")} == {
         name: value for name, value in before.items() if name not in ("MODEL", "DATASET")
     }
     with pytest.raises(UserError, match="BETTA"):
-        train_with.train([], BETTA=1)
+        train_with_words("BETTA=1")
     with pytest.raises(UserError, match="MODEL=Qwen"):
-        train_with.read_constants(["MODEL=Qwen"])
+        train_with_words("MODEL=Qwen")
 
 
 def test_the_soak_saves_after_every_step(seen, monkeypatch):
@@ -173,19 +180,15 @@ def test_check_gpu_makes_its_own_model(monkeypatch):
             check_gpu.main()
 
 
-def test_check_gpu_trains_on_every_completion(monkeypatch):
+def test_check_gpu_trains_on_every_completion(seen, monkeypatch):
     """What is rewarded alike is skipped, and then nothing is measured: where right answers alone are paid, too."""
-    rewards, weights = list(train_grpo.REWARDS), [0.0, 0.0, 0.0, 0.0, 1.0, 0.0]
-    for name, value in {
-        "REWARDS": rewards,
-        "REWARD_WEIGHTS": weights,
-        "SAVE_LIMIT": 3,
-        "run": lambda main: None,
-    }.items():
-        monkeypatch.setattr(train_grpo, name, value)
+    monkeypatch.setattr(train_grpo, "REWARD_WEIGHTS", [0.0, 0.0, 0.0, 0.0, 1.0, 0.0])
+    monkeypatch.setattr(train_grpo, "run", lambda main: main())
     exec(check_gpu.START, {})
+    [(_, recipe)] = seen
     texts = [[{"role": "assistant", "content": f"{i} 公里"}] for i in range(8)]
-    assert len(set(rewards[0](texts))) == 8 and train_grpo.default_recipe()["REWARD_WEIGHTS"][0] > 0
+    assert len(set(recipe["REWARDS"][0](texts))) == 8 and recipe["REWARD_WEIGHTS"][0] > 0
+    assert recipe["REWARDS"][0] not in train_grpo.REWARDS
 
 
 def test_fuzz_rewards(tmp_path, capsys):
@@ -241,7 +244,9 @@ def test_compare_arms(demo_base, small_data, tmp_path, capsys):
         name: json.loads((output / f"after-right-7/{name}/eval.json").read_text()) for name in ("greedy", "sampled")
     }
     assert read["greedy"]["n"] == 6 and read["sampled"]["n"] == 4 and read["sampled"]["samples"] == 1
-    assert load_questions(str(output / "questions"), "train").num_rows == demo.TRAIN_QUESTIONS
+    parts = load_splits(str(output / "questions"), train_grpo.DEV_QUESTIONS)
+    assert [len(rows) for rows in parts] == [demo.TRAIN_QUESTIONS - train_grpo.DEV_QUESTIONS, compare_arms.WATCHED, 6]
+    assert parts[0]["prompt"][:] == load_splits(str(demo_base / "data"), train_grpo.DEV_QUESTIONS)[0]["prompt"][:]
     capsys.readouterr()
     compare_arms.main(command)
     said = capsys.readouterr().out
@@ -275,7 +280,7 @@ def test_study_demo(tmp_path, monkeypatch, capsys):
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / "results.json").write_text(json.dumps(results))
 
-    monkeypatch.setattr(study_demo, "train", train)
+    monkeypatch.setattr(train_grpo, "main", train)
     monkeypatch.setattr(demo, "make_demo", lambda folder: (str(folder / "model"), str(folder / "data")))
     (tmp_path / "TRL-0" / "checkpoint-25").mkdir(parents=True)
     study_demo.main(["--seeds", "1", "--output", str(tmp_path)])
@@ -295,14 +300,16 @@ def test_average_models(demo_base, tmp_path):
                 weight.mul_(factor)
         for part in (scaled, tokenizer):
             part.save_pretrained(tmp_path / str(i))
+    # the first is from before templates carried the prompt, and before there was an EXAMPLE
     (tmp_path / "0" / "recipe").mkdir()
     (tmp_path / "0" / "recipe" / "recipe.json").write_text('{"SYSTEM_PROMPT": "as the first"}')
+    (tmp_path / "0" / "chat_template.jinja").write_text(own_template(tokenizer.chat_template))
     names, output = [str(tmp_path / str(i)) for i in range(3)], ["--output", str(tmp_path / "mean")]
     average_models.main([*names, *output])
-    mean, _ = load_model(str(tmp_path / "mean"))
+    mean, mean_tokenizer = load_model(str(tmp_path / "mean"))
     for ours, its in zip(mean.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours, its * 3)
-    assert find_beside(str(tmp_path / "mean"), "recipe/recipe.json") == {"SYSTEM_PROMPT": "as the first"}
+    assert carried_prompt(mean_tokenizer.chat_template) == [{"role": "system", "content": "as the first"}]
     smaller = type(model)(type(model.config)(**(model.config.to_dict() | {"intermediate_size": 8})))
     for part in (smaller, tokenizer):
         part.save_pretrained(tmp_path / "smaller")
