@@ -20,7 +20,7 @@ from engine.console import UserError
 from engine.constants import constants_of
 from engine.curves import read_history
 from engine.demo import CAREFUL, SFT_RECIPE, draw_problems
-from engine.templates import PLAIN_TEMPLATE, encode
+from engine.templates import PLAIN_TEMPLATE, carry_prompt, encode, todays_prompt
 from engine.trainer import CarefulSFTTrainer
 
 SMALL = {"ROWS_PER_STEP": 8, "MICRO_BATCH": 4, "LEARNING_RATE": 1e-3, "SAVE_EVERY": 1, "SAVE_LIMIT": 9}
@@ -137,7 +137,7 @@ def test_a_base_learns_its_own_end(train, careful, tmp_path):
     tokenizer = trainer.processing_class
     learned = [tokenizer.decode([label for label in row["labels"] if label != -100]) for row in trainer.train_dataset]
     assert learned == [line["completion"][0]["content"] + "<|endoftext|>" for line in careful[:20]]
-    assert models.load_model(str(tmp_path / "run"))[1].chat_template == PLAIN_TEMPLATE
+    assert models.load_model(str(tmp_path / "run"))[1].chat_template == carry_prompt(PLAIN_TEMPLATE, todays_prompt())
 
 
 def test_schedule(whole_run):
