@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     from engine.monitor import SftMonitor
     from engine.questions import load_splits
     from engine.rollout import Rollout
-    from engine.trainer import CarefulSFTTrainer
+    from engine.trainer import LeanSFTTrainer
 
     state, autocast = runs.start_processes(flags, recipe.BF16)
     accumulation = runs.accumulation_steps(recipe, ("ROWS_PER_STEP",), state.num_processes)
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     if mix:
         mix = keep_usable(mix, "--mix", tokenizer, held_out, recipe)
         mix = draw_mix(mix, len(traces), recipe.MIX_SHARE, recipe.SEED)
-    trainer = CarefulSFTTrainer(
+    trainer = LeanSFTTrainer(
         model=model,
         args=sft_config(recipe, state.device.type == "cpu", autocast is not None, accumulation),
         train_dataset=Dataset.from_list(traces + mix),

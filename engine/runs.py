@@ -95,7 +95,7 @@ def check_folders(recipe: SimpleNamespace, is_demo: bool) -> None:
     made = demo.folders(Path(recipe.OUTPUT_DIR, "base")) if is_demo else ()
     for name in ("MODEL", "DATASET"):
         value = getattr(recipe, name)
-        if value not in made and not (is_demo and pretraining.is_ours(value)):
+        if value not in made and not (is_demo and pretraining.is_demo_base(value)):
             refuse_missing_folder(value, f"{name} (--{name.lower()})")
 
 
@@ -219,7 +219,7 @@ def open_output(flags: argparse.Namespace, recipe: SimpleNamespace, state: Parti
             lock(output)
         checkpoint = checkpoints.find(output, recipe, flags.resume)
         if flags.demo:
-            pretraining.provide(output / "base", recipe.MODEL, recipe.DATASET)
+            pretraining.prepare_demo(output / "base", recipe.MODEL, recipe.DATASET)
     return checkpoint
 
 
@@ -237,7 +237,7 @@ def record_inputs(recipe: SimpleNamespace, checkpoint: Path | None, **questions:
     if getattr(recipe, "REWARD_MODEL", ""):
         recipe.REWARD_MODEL_READ = fingerprint_weights(recipe.REWARD_MODEL)
     if checkpoint:
-        checkpoints.refuse_unfit(checkpoint.parent, recipe)
+        checkpoints.refuse_incompatible(checkpoint.parent, recipe)
 
 
 # What frees memory, the cheapest first. Only the constants that a recipe has are offered.
@@ -305,5 +305,5 @@ def train_and_measure(monitor: RunMonitor, results: dict, checkpoint: Path | Non
         raise UserError(out_of_memory) from error
     finally:
         if main_process and monitor.history:
-            checkpoints.attempt(draw_curves, {output.name: monitor.history}, output / "curves.png")
+            checkpoints.failure_of(draw_curves, {output.name: monitor.history}, output / "curves.png")
     checkpoints.end_together(trainer)

@@ -55,7 +55,7 @@ from engine.models import describe_precision, load_model, pick_device
 from engine.questions import to_prompt
 from engine.rollout import Rollout
 from engine.templates import encode
-from engine.trainer import CarefulTrainer
+from engine.trainer import LeanGRPOTrainer
 
 ROOT = Path(train_grpo.__file__).resolve().parent
 CUDA = torch.cuda.is_available()
@@ -76,7 +76,7 @@ class Variant(NamedTuple):
 VARIANTS = {
     "tutorial": Variant("TRL, tutorial's settings", GRPOTrainer, None, TUTORIAL),
     "trl": Variant("TRL, our settings", GRPOTrainer, None),
-    "ours": Variant("this project", CarefulTrainer, Rollout),
+    "ours": Variant("this project", LeanGRPOTrainer, Rollout),
 }
 
 
@@ -105,7 +105,7 @@ def load_checkout(folder: Path) -> Variant:
         sys.path.remove(str(folder))
         take_out(folder)
         sys.modules.update(ours)
-    return Variant(folder.name, trainer.CarefulTrainer, rollout.Rollout)
+    return Variant(folder.name, trainer.LeanGRPOTrainer, rollout.Rollout)
 
 
 # ------------------------------------------------------------------------------------------------ what is trained on

@@ -212,15 +212,15 @@ def test_what_fits_and_what_does_not(lora, tmp_path):
     recipe = train_grpo.default_recipe() | {"OUTPUT_DIR": str(tmp_path), "USE_LORA": lora}
     begun = SimpleNamespace(**recipe, MODEL_READ="1 files, sha256 a", TEST_READ="4 rows, sha256 b")
     checkpoints.save_recipe(tmp_path, begun)
-    assert checkpoints.refuse_unfit(tmp_path, SimpleNamespace(**recipe)) == {}
+    assert checkpoints.refuse_incompatible(tmp_path, SimpleNamespace(**recipe)) == {}
     now = SimpleNamespace(**recipe, MODEL_READ="1 files, sha256 c", TEST_READ="4 rows, sha256 b")
     if lora:
         with pytest.raises(UserError, match="MODEL_READ"):
-            checkpoints.refuse_unfit(tmp_path, now)
+            checkpoints.refuse_incompatible(tmp_path, now)
     else:
-        assert list(checkpoints.refuse_unfit(tmp_path, now)) == ["MODEL_READ"]
+        assert list(checkpoints.refuse_incompatible(tmp_path, now)) == ["MODEL_READ"]
     checkpoints.save_recipe(tmp_path, SimpleNamespace(**recipe))
-    assert checkpoints.refuse_unfit(tmp_path, now) == {}
+    assert checkpoints.refuse_incompatible(tmp_path, now) == {}
 
 
 def test_test_questions_are_not_learned(tmp_path, capsys):

@@ -21,7 +21,7 @@ from engine.constants import constants_of
 from engine.curves import read_history
 from engine.demo import CAREFUL, SFT_RECIPE, draw_problems
 from engine.templates import PLAIN_TEMPLATE, carry_prompt, encode, todays_prompt
-from engine.trainer import CarefulSFTTrainer
+from engine.trainer import LeanSFTTrainer
 
 SMALL = {"ROWS_PER_STEP": 8, "MICRO_BATCH": 4, "LEARNING_RATE": 1e-3, "SAVE_EVERY": 1, "SAVE_LIMIT": 9}
 SMALL |= {"MAX_COMPLETION_TOKENS": 96, "DEV_QUESTIONS": 8, "BF16": False}  # these are train_grpo.py's
@@ -69,7 +69,7 @@ def train(demo_base, careful, tmp_path_factory):
     traces = write(folder / "traces.jsonl", careful[:20])
     common = ["--model", demo_base / "model", "--dataset", folder / "data", "--cpu", "--max-steps", "5"]
 
-    def run(output: Path, *flags: object, traces: Path = traces, **constants: object) -> CarefulSFTTrainer:
+    def run(output: Path, *flags: object, traces: Path = traces, **constants: object) -> LeanSFTTrainer:
         flags = [*common, "--traces", traces, "--output", output, *flags]
         return run_main(train_sft.main, *flags, **SMALL | constants)
 
@@ -341,7 +341,7 @@ def test_every_constant_has_one_home():
     """What is shared is not repeated, the demo changes only what exists, and every constant is read somewhere."""
     own, shared = constants_of(train_sft), set(train_sft.SHARED)
     assert shared <= set(train_grpo.default_recipe()) and not shared & set(own)
-    assert set(SFT_RECIPE) <= shared | set(own) and "TRACES" in checkpoints.UNFIT
+    assert set(SFT_RECIPE) <= shared | set(own) and "TRACES" in checkpoints.INCOMPATIBLE
     assert shared | set(own) <= names_read()
 
 
