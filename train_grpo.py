@@ -170,6 +170,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
 
     from engine import checkpoints
     from engine.curves import read_history
+    from engine.lora import lora_config
     from engine.models import check_positions, drop_long, load_model
     from engine.monitor import Monitor
     from engine.preference import load_preference
@@ -198,7 +199,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
         args=grpo_config(recipe, state.device.type == "cpu", autocast is not None, accumulation),
         train_dataset=fitting,
         processing_class=tokenizer,
-        peft_config=runs.lora_config(recipe, model),
+        peft_config=lora_config(recipe, model),
         rollout_func=None if recipe.USE_VLLM else rollout,
     )
     trainer.remove_callback(PrinterCallback)  # it would print thirty keys a step

@@ -112,6 +112,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
 
     from engine import checkpoints
     from engine.curves import read_history
+    from engine.lora import lora_config
     from engine.models import check_positions, load_model
     from engine.monitor import SftMonitor
     from engine.questions import load_splits
@@ -138,7 +139,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
         args=sft_config(recipe, state.device.type == "cpu", autocast is not None, accumulation),
         train_dataset=Dataset.from_list(traces + mix),
         processing_class=tokenizer,
-        peft_config=runs.lora_config(recipe, model),
+        peft_config=lora_config(recipe, model),
     )
     trainer.remove_callback(PrinterCallback)  # it would print ten keys a step
     checkpoints.check_disk(output, trainer.model, recipe.SAVE_LIMIT)

@@ -23,8 +23,6 @@ if TYPE_CHECKING:  # imported where they are used: `--help` and the one-line err
     import torch
     from accelerate import PartialState
     from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import PreTrainedModel
 
     from engine.monitor import RunMonitor
 
@@ -126,33 +124,6 @@ def common_arguments(recipe: SimpleNamespace, on_cpu: bool, bf16: bool, accumula
         "report_to": recipe.REPORT_TO,  # the monitor writes TensorBoard's curves
         "disable_tqdm": True,  # and the lines on the console
     }
-
-
-def lora_config(recipe: SimpleNamespace, model: PreTrainedModel) -> LoraConfig | None:
-    """The LoRA constants under PEFT's names; None where all weights are trained.
-
-    Raises:
-        UserError: LORA_MODULES names a module that `model` does not have below its head.
-    """
-    if not recipe.USE_LORA:
-        return None
-    import torch
-    from peft import LoraConfig
-
-    head = model.get_output_embeddings()  # TRL uses the weight of the head by itself, without an adapter
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    there = sorted({name.split(".")[-1] for name, module in linear.items() if module is not head})
-    for name in recipe.LORA_MODULES:
-        if name not in there:
-            has = ", ".join(there)
-            raise UserError(f"LORA_MODULES: this model has no {name!r} below its head (it has: {has}); mend the list")
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=recipe.LORA_RANK,
-        lora_alpha=recipe.LORA_ALPHA,
-        lora_dropout=recipe.LORA_DROPOUT,
-        target_modules=recipe.LORA_MODULES,
-    )
 
 
 def accumulation_steps(recipe: SimpleNamespace, step: tuple[str, ...], processes: int) -> int:
@@ -265,7 +236,7 @@ def train_and_measure(monitor: RunMonitor, results: dict, checkpoint: Path | Non
     """
     import torch
 
-    from engine import checkpoints
+    from engine import checkpoints, lora
     from engine.curves import draw_curves
     from engine.model_card import model_card
 
@@ -288,6 +259,7 @@ def train_and_measure(monitor: RunMonitor, results: dict, checkpoint: Path | Non
             stop.leave(output, results | monitor.results())
 
         # ---- save, after
+        lora.restore_frozen(trainer.model, recipe.MODEL, recipe.MODEL_READ)
         checkpoints.save_trained(trainer, output, recipe.MAX_COMPLETION_TOKENS)
         if main_process:
             results["after"], results["probe"]["after"] = monitor.measure_model("after", trainer.state.global_step)

@@ -19,8 +19,9 @@ from trl.trainer.utils import RepeatSampler
 from engine import packing
 from engine.checkpoints import checkpoint_bytes, failure_of, list_checkpoints, open_weights, publish, rotate
 from engine.console import UserError, note
+from engine.lora import lower_frozen
 
-CPU_TILE = 2048  # columns of logits that TRL's LM head computes at a time on a CPU, so that a tile stays in its caches
+CPU_TILE = 1024  # columns of logits that TRL's LM head computes at a time on a CPU, so that a tile stays in its caches
 
 
 @contextmanager
@@ -62,6 +63,8 @@ class AtomicCheckpoints:
             # FSDP and ZeRO-3 shard the weights, and the main process, which alone evaluates, would hang; ZeRO-1 and
             # -2 cast them to bf16, where updates of 1e-6 vanish
             raise UserError("FSDP and DeepSpeed are not supported; a model of this size fits every GPU without them")
+        if self.args.bf16:
+            lower_frozen(self.model, torch.bfloat16)
 
     def _save_checkpoint(self, model, trial) -> None:
         # Trainer's own version has all processes meet half-way, where one whose disk is full never arrives

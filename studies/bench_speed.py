@@ -51,6 +51,7 @@ from trl import GRPOTrainer
 import train_grpo
 from engine import demo, runs
 from engine.console import UserError, run
+from engine.lora import lora_config
 from engine.models import describe_precision, load_model, pick_device
 from engine.questions import to_prompt
 from engine.rollout import Rollout
@@ -245,7 +246,7 @@ def measure(
             args=config,
             train_dataset=Dataset.from_dict({"prompt": work.questions}),
             processing_class=tokenizer,
-            peft_config=runs.lora_config(recipe, model),
+            peft_config=lora_config(recipe, model),
             rollout_func=meter.replay if what == "training" else variant.rollout and variant.rollout(),
             callbacks=[meter],
         )

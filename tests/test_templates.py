@@ -28,8 +28,9 @@ import evaluate
 import make_traces
 import train_grpo
 import train_sft
-from engine import models, runs
+from engine import models
 from engine.console import UserError
+from engine.lora import lora_config
 from engine.numbers import TAGS, is_hard_format
 from engine.questions import to_prompt
 from engine.rollout import PlainSampler, Sampler
@@ -353,7 +354,7 @@ def test_no_adapter_for_the_head():
     model = Qwen2ForCausalLM(Qwen2Config(vocab_size=8, **SHAPE))
     recipe = SimpleNamespace(**train_grpo.default_recipe() | {"USE_LORA": True, "LORA_MODULES": ["q_proj", "lm_head"]})
     with pytest.raises(UserError, match="no 'lm_head' below its head .it has: down_proj, .*, v_proj") as error:
-        runs.lora_config(recipe, model)
+        lora_config(recipe, model)
     assert str(error.value).count("lm_head") == 1
     recipe.LORA_MODULES = ["q_proj"]
-    assert runs.lora_config(recipe, model).target_modules == {"q_proj"}
+    assert lora_config(recipe, model).target_modules == {"q_proj"}
