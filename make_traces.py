@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     log, traces_file = output / "questions.jsonl", output / "traces.jsonl"
     lock(output)
     if flags.demo:
-        pretraining.provide(output / "base", recipe.MODEL, recipe.DATASET)
+        pretraining.prepare_demo(output / "base", recipe.MODEL, recipe.DATASET)
     settings = {"model": recipe.MODEL, "weights": fingerprint_weights(recipe.MODEL), "dataset": recipe.DATASET}
     settings |= {"skip": flags.skip, "seed": recipe.SEED, "free": flags.free, "prompt": ask("", recipe, flags)}
     settings |= {"tokens": recipe.MAX_COMPLETION_TOKENS}

@@ -170,12 +170,13 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
 
     from engine import checkpoints
     from engine.curves import read_history
+    from engine.lora import lora_config
     from engine.models import check_positions, drop_long, load_model
     from engine.monitor import Monitor
     from engine.preference import load_preference
     from engine.questions import load_splits
     from engine.rollout import Rollout
-    from engine.trainer import CarefulTrainer
+    from engine.trainer import LeanGRPOTrainer
 
     state, autocast = runs.start_processes(flags, recipe.BF16)
     step = ("QUESTIONS_PER_STEP", "COMPLETIONS_PER_QUESTION")
@@ -192,13 +193,13 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     fitting = drop_long(train, tokenizer, recipe.MAX_PROMPT_TOKENS, recipe.QUESTIONS_PER_STEP)
     rollout = Rollout(recipe.FAST_ROLLOUT)
     preference = [load_preference(recipe, state.device, autocast)] if recipe.REWARD_MODEL else []
-    trainer = CarefulTrainer(
+    trainer = LeanGRPOTrainer(
         model=model,
         reward_funcs=recipe.REWARDS + preference,
         args=grpo_config(recipe, state.device.type == "cpu", autocast is not None, accumulation),
         train_dataset=fitting,
         processing_class=tokenizer,
-        peft_config=runs.lora_config(recipe, model),
+        peft_config=lora_config(recipe, model),
         rollout_func=None if recipe.USE_VLLM else rollout,
     )
     trainer.remove_callback(PrinterCallback)  # it would print thirty keys a step

@@ -90,7 +90,8 @@ def configure(argv: list[str] | None, constants: dict[str, Any]) -> tuple[argpar
     flags = parser.parse_args(argv)
     if not (flags.traces or flags.demo):
         raise UserError("--traces FILE is missing: name the traces.jsonl that make_traces.py wrote")
-    recipe = runs.make_recipe(defaults, constants, flags, demo.RECIPE | demo.SFT_RECIPE)
+    of_demo = {name: value for name, value in demo.RECIPE.items() if name in SHARED} | demo.SFT_RECIPE
+    recipe = runs.make_recipe(defaults, constants, flags, of_demo)
     recipe.TRACES, recipe.MIX = flags.traces or str(Path(recipe.OUTPUT_DIR, "traces.jsonl")), flags.mix
     check_constants(vars(recipe), train_grpo, sys.modules[__name__])
     runs.check_folders(recipe, flags.demo)
@@ -111,11 +112,12 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
 
     from engine import checkpoints
     from engine.curves import read_history
+    from engine.lora import lora_config
     from engine.models import check_positions, load_model
     from engine.monitor import SftMonitor
     from engine.questions import load_splits
     from engine.rollout import Rollout
-    from engine.trainer import CarefulSFTTrainer
+    from engine.trainer import LeanSFTTrainer
 
     state, autocast = runs.start_processes(flags, recipe.BF16)
     accumulation = runs.accumulation_steps(recipe, ("ROWS_PER_STEP",), state.num_processes)
@@ -132,12 +134,12 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     if mix:
         mix = keep_usable(mix, "--mix", tokenizer, held_out, recipe)
         mix = draw_mix(mix, len(traces), recipe.MIX_SHARE, recipe.SEED)
-    trainer = CarefulSFTTrainer(
+    trainer = LeanSFTTrainer(
         model=model,
         args=sft_config(recipe, state.device.type == "cpu", autocast is not None, accumulation),
         train_dataset=Dataset.from_list(traces + mix),
         processing_class=tokenizer,
-        peft_config=runs.lora_config(recipe, model),
+        peft_config=lora_config(recipe, model),
     )
     trainer.remove_callback(PrinterCallback)  # it would print ten keys a step
     checkpoints.check_disk(output, trainer.model, recipe.SAVE_LIMIT)

@@ -28,20 +28,20 @@ from transformers.trainer_pt_utils import safe_globals
 
 import prompts
 from engine.console import UserError, first_line, note
-from engine.folder import check_writable, existing, sync, write_text
+from engine.folder import check_writable, existing, lock, sync, write_text
 from engine.model_card import modelfile
 
 # What a run leaves behind that nobody wants overwritten. `base/` (the demo's cache) does not count.
-TRAINED = ["checkpoint-*", "*.safetensors", "adapter"]
+PROTECTED = ["checkpoint-*", "*.safetensors", "adapter"]
 # What a run writes before its first save, and may be begun again.
-BEGUN = ["results.json", "samples.jsonl", "runs", "curves.png", "recipe"]
+REPLACEABLE = ["results.json", "samples.jsonl", "runs", "curves.png", "recipe"]
 # What a killed run was about to write, or to delete.
 LEFTOVERS = [".tmp-checkpoint-*", ".tmp-old-checkpoint-*", ".tmp-model", ".tmp-*.json*", ".tmp-README.md"]
 # Constants that make what the weights are: a checkpoint fits no others. All else may change when a run is resumed.
 # TRACES is train_sft.py's: neither script goes on with what the other has begun.
-UNFIT = {"MODEL", "TRACES", "USE_LORA", "LORA_RANK", "LORA_ALPHA", "LORA_MODULES"}
+INCOMPATIBLE = {"MODEL", "TRACES", "USE_LORA", "LORA_RANK", "LORA_ALPHA", "LORA_MODULES"}
 # And inputs that must not change, by their fingerprints, though they keep their names
-UNFIT_INPUTS = {
+INCOMPATIBLE_INPUTS = {
     "TEST_READ": "`before` in {!r} was measured on other questions; put the old test split back",
     "MODEL_READ": "the adapter saved in {!r} belongs to the old weights; put them back into MODEL's folder",
 }
@@ -57,7 +57,7 @@ def find(output: Path, recipe: SimpleNamespace, resume: bool) -> Path | None:
     """
     check_writable(output)
     results = read_results(output)
-    held = [path.name for pattern in TRAINED for path in sorted(output.glob(pattern))]
+    held = [path.name for pattern in PROTECTED for path in sorted(output.glob(pattern))]
     if results.get("finished"):
         held.append("results.json")
     if not resume:
@@ -68,7 +68,7 @@ def find(output: Path, recipe: SimpleNamespace, resume: bool) -> Path | None:
             )
         return None
     checkpoint = newest_checkpoint(output)
-    changes = refuse_unfit(output, recipe)
+    changes = refuse_incompatible(output, recipe)
     done = results.get("finished") and results.get("steps") == step_of(checkpoint) and any(output.glob("*.safetensors"))
     if done and not {"MAX_STEPS", "EPOCHS"} & changes.keys():
         raise UserError(
@@ -77,16 +77,18 @@ def find(output: Path, recipe: SimpleNamespace, resume: bool) -> Path | None:
     return checkpoint
 
 
-def refuse_unfit(output: Path, recipe: SimpleNamespace) -> dict[str, tuple]:
+def refuse_incompatible(output: Path, recipe: SimpleNamespace) -> dict[str, tuple]:
     """The changed constants where the run in `output` can go on with them; else raises UserError.
 
     `find` asks before the inputs are read; the scripts ask again once they are and their fingerprints known.
     """
     changes = changed_constants(output, recipe)
-    for name in (UNFIT | UNFIT_INPUTS.keys()) & changes.keys():
+    for name in (INCOMPATIBLE | INCOMPATIBLE_INPUTS.keys()) & changes.keys():
         if name != "MODEL_READ" or recipe.USE_LORA:  # a checkpoint of all weights needs no others
             (before, now), folder = changes[name], str(output)
-            why = UNFIT_INPUTS.get(name, "the weights saved in {!r} do not fit that; change it back").format(folder)
+            why = INCOMPATIBLE_INPUTS.get(name, "the weights saved in {!r} do not fit that; change it back").format(
+                folder
+            )
             raise UserError(f"{name} was {before!r} and is {now!r}: {why}, or start another run with --output")
     return changes
 
@@ -97,11 +99,14 @@ def begin(output: Path, recipe: SimpleNamespace, checkpoint: Path | None) -> dic
     What a killed run left half-done goes, and for a new run one that ended before its first save. For a resumed one,
     newer checkpoints, which are damaged, are set aside, and changed constants are named and recorded.
     """
+    lock(output)
+    if checkpoint is None:
+        find(output, recipe, resume=False)  # again: a folder that was not there could not be locked when it looked
     for pattern in LEFTOVERS:
         _delete(output.glob(pattern))
     if checkpoint is None:
         if (output / "recipe" / "recipe.json").exists():  # else these names are somebody else's
-            _delete(output / name for name in BEGUN)
+            _delete(output / name for name in REPLACEABLE)
         save_recipe(output, recipe)
         return {}
     for damaged in (path for path in list_checkpoints(output) if step_of(path) > step_of(checkpoint)):
@@ -297,7 +302,7 @@ def save_trained(trainer: Trainer, output: Path, max_tokens: int) -> None:
             os.replace(path, output / path.name)
         temporary.rmdir()
         sync(output)
-    except Exception as error:  # as in attempt
+    except Exception as error:  # as in failure_of
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
             f"the trained model could not be saved ({first_line(error)}); mend that and --resume"
@@ -317,7 +322,7 @@ def open_weights(folder: Path, like: Path) -> None:
         shutil.copymode(like, weights)
 
 
-def attempt(work: Callable[..., None], *args) -> str | None:
+def failure_of(work: Callable[..., None], *args) -> str | None:
     """Why `work` failed; None where it did not."""
     try:
         work(*args)

@@ -71,14 +71,15 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     model, tokenizer = _load(AutoModelForCausalLM, name, dtype)
-    if carried_prompt(tokenizer.chat_template or "") is None:  # not trained here: its limit is meant for other prompts
+    turns = carried_prompt(tokenizer.chat_template or "")
+    if turns is None:  # not trained here: its limit is meant for other prompts
+        turns = prompt_of(name, untrained=prompt or todays_prompt())
         old = trained_recipe(name)  # or trained before the template carried the prompt
         model.generation_config.max_new_tokens = old.get("MAX_COMPLETION_TOKENS")
     else:
         tokenizer.chat_template = own_template(tokenizer.chat_template)
     check_tokenizer(model, tokenizer, name, free)
     if not free:
-        turns = prompt_of(name, untrained=prompt or todays_prompt())
         tokenizer.chat_template = carry_prompt(tokenizer.chat_template, turns)
     model.config.use_cache = True  # a Trainer leaves False in the checkpoints that it writes
     rope = getattr(model.config, "rope_parameters", None) or {}
@@ -96,6 +97,7 @@ def load_reward_model(name: str, dtype: torch.dtype | None = None) -> tuple[PreT
     from transformers import AutoModelForSequenceClassification
 
     model, tokenizer = _load(AutoModelForSequenceClassification, name, dtype)
+    tokenizer.chat_template = own_template(tokenizer.chat_template or "") or None  # it judges an answer, not our prompt
     check_tokenizer(model, tokenizer, name)
     if model.config.num_labels != 1:
         raise UserError(

@@ -26,7 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 
 from engine.accuracy import describe, evaluate
-from engine.checkpoints import attempt, write_text
+from engine.checkpoints import failure_of, write_text
 from engine.console import UserError
 from engine.models import describe_precision
 from engine.numbers import extract_answer, thinking_of
@@ -105,7 +105,7 @@ def too_many_zero_variance_groups(history: History) -> str | None:
         if correct and correct[-1] > 0.5
         else "raise COMPLETIONS_PER_QUESTION, take easier questions, or begin with a better model"
     )
-    return f"{share[-1]:.0%} of the groups have no spread of rewards and teach nothing: {remedy}"
+    return f"{share[-1]:.0%} of the groups have rewards without variance and teach nothing: {remedy}"
 
 
 def thinking_shrinks(history: History) -> str | None:
@@ -378,7 +378,7 @@ class RunMonitor(TrainerCallback):
 
     def write(self, work: Callable[..., None], *args) -> None:
         """Write what a person looks at: a full disk costs that, and not the run."""
-        fault = attempt(work, *args)
+        fault = failure_of(work, *args)
         if fault and not self.unwritten:
             self.unwritten = True
             print(f"WARNING: curves or samples could not be written ({fault}). Training goes on", flush=True)
@@ -506,7 +506,7 @@ class Monitor(RunMonitor):
             f"  format {row['format/soft_format']:4.0%}"
             f"  length {row['length/mean']:4.0f}"
             f"  cut off {row['length/cut_off']:4.0%}"
-            f"  no spread {row['reward/zero_variance_groups']:4.0%}"
+            f"  zero-variance {row['reward/zero_variance_groups']:4.0%}"
         )
 
     def speed(self) -> dict:

@@ -49,9 +49,12 @@ def load_preference(recipe: SimpleNamespace, device: torch.device, dtype: torch.
         texts = [final_answer(completion[0]["content"]) for completion in completions]
         scored = [i for i, label in enumerate(answer) if label is None and texts[i]]
         scores = [None if label is not None else -math.inf for label in answer]
-        dialogues = [[prompts[i][-1], {"role": "assistant", "content": texts[i]}] for i in scored]
-        for i, value in zip(scored, score(model, tokenizer, dialogues, recipe.MICRO_BATCH), strict=True):
-            scores[i] = value
+        asked = {i: (prompts[i][-1]["content"], texts[i]) for i in scored}
+        pairs = list(dict.fromkeys(asked.values()))  # each once: equal answers earn the same, however they are padded
+        dialogues = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in pairs]
+        worth = dict(zip(pairs, score(model, tokenizer, dialogues, recipe.MICRO_BATCH), strict=True))
+        for i in scored:
+            scores[i] = worth[asked[i]]
         if scored and "log_metric" in kwargs:  # ranks average 0.5 always: the scores show whether anything is learned
             kwargs["log_metric"]("preference_score", fmean(scores[i] for i in scored))
         every, size = gather_object(scores), recipe.COMPLETIONS_PER_QUESTION  # a group may be split over two processes

@@ -52,12 +52,12 @@ def write_documents() -> list[str]:
     return [write_document(problem, rng) for problem in demo.draw_problems("traces", demo.TRACES)]
 
 
-def is_ours(model: str) -> bool:
+def is_demo_base(model: str) -> bool:
     """Whether a `--model` names one of these bases, made already or not."""
     return Path(model).name in SHAPES and Path(model).parent.name == "base"
 
 
-def provide(cache: Path, model: str, dataset: str) -> None:
+def prepare_demo(cache: Path, model: str, dataset: str) -> None:
     """Make what a run of the demo needs and nobody has made yet.
 
     Args:
@@ -68,7 +68,7 @@ def provide(cache: Path, model: str, dataset: str) -> None:
     if model == model_folder:
         demo.make_demo(cache)
         return
-    if is_ours(model):
+    if is_demo_base(model):
         make_base(Path(model))
     if dataset == data_folder:  # written each time, in a moment, so that it cannot be stale
         demo.save_questions(cache / "data")

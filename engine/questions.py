@@ -220,16 +220,17 @@ def load_splits(dataset: str, dev: int, unlabelled: bool = False) -> tuple[Datas
         UserError: as in `load_questions`, or there are no questions left to train on or to develop with.
     """
     train, test = load_questions(dataset, "train", unlabelled), load_questions(dataset, "test")
+    tested = {question for question, _ in pairs_of(test)}
+    if shared := [question for question, _ in pairs_of(train) if question in tested]:
+        note(f"{len(shared)} training questions dropped that the test split asks too, the first is {shared[0]!r}")
+        train = train.select([index for index, (question, _) in enumerate(pairs_of(train)) if question not in tested])
     if "validation" in read_splits(dataset):
         dev_set = load_questions(dataset, "validation")
     else:
         labelled = [index for index, label in enumerate(train["answer"]) if label is not None]
         dev_set = train.select(labelled[len(labelled) - min(dev, len(labelled) // 5) :])
-    held_out, tested = ({question for question, _ in pairs_of(rows)} for rows in (dev_set, test))
-    asked = [question for question, _ in pairs_of(train)]
-    if shared := [question for question in asked if question in tested]:
-        note(f"{len(shared)} training questions dropped that the test split asks too, the first is {shared[0]!r}")
-    kept = [index for index, question in enumerate(asked) if question not in held_out | tested]
+    held_out = {question for question, _ in pairs_of(dev_set)}
+    kept = [index for index, (question, _) in enumerate(pairs_of(train)) if question not in held_out]
     if not kept or not len(dev_set):
         raise UserError(
             f"the data set {dataset!r} has {len(kept)} training questions that the test split does not ask, and "

@@ -267,7 +267,7 @@ class Sampler:
 
     def _lowered(self, tensor: torch.nn.Parameter) -> torch.nn.Parameter:
         """What stands for a linear layer's tensor: a copy where autocast would cast it for every token, else itself."""
-        if self.autocast is None:
+        if self.autocast in (None, tensor.dtype):
             return tensor
         target = torch.nn.Parameter(torch.empty_like(tensor, dtype=self.autocast), requires_grad=False)
         self.copies.append((target, tensor))
@@ -564,7 +564,10 @@ class Rollout:
     def __call__(self, prompts: list, trainer: GRPOTrainer) -> dict[str, list | None]:
         """One completion for each of `prompts`, which come repeated, `num_generations` times each."""
         start = time.perf_counter()
-        prompt_ids = encode(trainer.processing_class, prompts)
+        keys = [str(prompt) for prompt in prompts]  # each distinct prompt is encoded once
+        distinct = dict(zip(keys, prompts, strict=True))
+        ids = dict(zip(distinct, encode(trainer.processing_class, list(distinct.values())), strict=True))
+        prompt_ids = [ids[key] for key in keys]
         sampler = self.sampler(trainer)
         if isinstance(sampler, Sampler):
             completion_ids = sampler.generate(prompt_ids, trainer.max_completion_length, trainer.temperature)

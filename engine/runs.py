@@ -23,8 +23,6 @@ if TYPE_CHECKING:  # imported where they are used: `--help` and the one-line err
     import torch
     from accelerate import PartialState
     from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import PreTrainedModel
 
     from engine.monitor import RunMonitor
 
@@ -95,7 +93,7 @@ def check_folders(recipe: SimpleNamespace, is_demo: bool) -> None:
     made = demo.folders(Path(recipe.OUTPUT_DIR, "base")) if is_demo else ()
     for name in ("MODEL", "DATASET"):
         value = getattr(recipe, name)
-        if value not in made and not (is_demo and pretraining.is_ours(value)):
+        if value not in made and not (is_demo and pretraining.is_demo_base(value)):
             refuse_missing_folder(value, f"{name} (--{name.lower()})")
 
 
@@ -126,33 +124,6 @@ def common_arguments(recipe: SimpleNamespace, on_cpu: bool, bf16: bool, accumula
         "report_to": recipe.REPORT_TO,  # the monitor writes TensorBoard's curves
         "disable_tqdm": True,  # and the lines on the console
     }
-
-
-def lora_config(recipe: SimpleNamespace, model: PreTrainedModel) -> LoraConfig | None:
-    """The LoRA constants under PEFT's names; None where all weights are trained.
-
-    Raises:
-        UserError: LORA_MODULES names a module that `model` does not have below its head.
-    """
-    if not recipe.USE_LORA:
-        return None
-    import torch
-    from peft import LoraConfig
-
-    head = model.get_output_embeddings()  # TRL uses the weight of the head by itself, without an adapter
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    there = sorted({name.split(".")[-1] for name, module in linear.items() if module is not head})
-    for name in recipe.LORA_MODULES:
-        if name not in there:
-            has = ", ".join(there)
-            raise UserError(f"LORA_MODULES: this model has no {name!r} below its head (it has: {has}); mend the list")
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=recipe.LORA_RANK,
-        lora_alpha=recipe.LORA_ALPHA,
-        lora_dropout=recipe.LORA_DROPOUT,
-        target_modules=recipe.LORA_MODULES,
-    )
 
 
 def accumulation_steps(recipe: SimpleNamespace, step: tuple[str, ...], processes: int) -> int:
@@ -215,11 +186,11 @@ def open_output(flags: argparse.Namespace, recipe: SimpleNamespace, state: Parti
 
     output = Path(recipe.OUTPUT_DIR)
     with state.main_process_first():
-        if state.is_main_process and (output.exists() or not flags.resume):  # no folder is made to be refused
+        if state.is_main_process and (output.exists() or flags.demo and not flags.resume):  # else `begin` makes it
             lock(output)
         checkpoint = checkpoints.find(output, recipe, flags.resume)
         if flags.demo:
-            pretraining.provide(output / "base", recipe.MODEL, recipe.DATASET)
+            pretraining.prepare_demo(output / "base", recipe.MODEL, recipe.DATASET)
     return checkpoint
 
 
@@ -237,7 +208,7 @@ def record_inputs(recipe: SimpleNamespace, checkpoint: Path | None, **questions:
     if getattr(recipe, "REWARD_MODEL", ""):
         recipe.REWARD_MODEL_READ = fingerprint_weights(recipe.REWARD_MODEL)
     if checkpoint:
-        checkpoints.refuse_unfit(checkpoint.parent, recipe)
+        checkpoints.refuse_incompatible(checkpoint.parent, recipe)
 
 
 # What frees memory, the cheapest first. Only the constants that a recipe has are offered.
@@ -265,7 +236,7 @@ def train_and_measure(monitor: RunMonitor, results: dict, checkpoint: Path | Non
     """
     import torch
 
-    from engine import checkpoints
+    from engine import checkpoints, lora
     from engine.curves import draw_curves
     from engine.model_card import model_card
 
@@ -288,6 +259,7 @@ def train_and_measure(monitor: RunMonitor, results: dict, checkpoint: Path | Non
             stop.leave(output, results | monitor.results())
 
         # ---- save, after
+        lora.restore_frozen(trainer.model, recipe.MODEL, recipe.MODEL_READ)
         checkpoints.save_trained(trainer, output, recipe.MAX_COMPLETION_TOKENS)
         if main_process:
             results["after"], results["probe"]["after"] = monitor.measure_model("after", trainer.state.global_step)
@@ -305,5 +277,5 @@ def train_and_measure(monitor: RunMonitor, results: dict, checkpoint: Path | Non
         raise UserError(out_of_memory) from error
     finally:
         if main_process and monitor.history:
-            checkpoints.attempt(draw_curves, {output.name: monitor.history}, output / "curves.png")
+            checkpoints.failure_of(draw_curves, {output.name: monitor.history}, output / "curves.png")
     checkpoints.end_together(trainer)

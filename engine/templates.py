@@ -46,11 +46,13 @@ SYSTEM_FIRST = """\
 {%- if messages[0]['role'] == 'system' -%}
 {%- set question = messages[0]['content'] + '\\n\\n' + messages[1]['content'] -%}
 {%- set messages = [dict(messages[1], content=question)] + messages[2:] -%}
-{%- endif %}"""
+{%- endif %}
+"""
 
-# A carrying template is _BEFORE, the turns as JSON, _AFTER, and then the model's own template.
+# A carrying template is _BEFORE, the turns as JSON, _AFTER, and then the model's own template. That starts a line: else
+# Jinja would write the white space before its first tag.
 _BEFORE = "{%- if not messages or messages[0]['role'] != 'system' %}{%- set messages = "
-_AFTER = " + messages %}{%- endif %}{#- the model's own template #}"
+_AFTER = " + messages %}{%- endif %}{#- the model's own template #}\n"
 
 
 # -------------------------------------------------------------------------------------------- the prompt it carries
@@ -70,8 +72,13 @@ def own_template(template: str) -> str:
 
 
 def carried_prompt(template: str) -> list[dict] | None:
-    """The turns that a template carries; None where it carries none."""
-    return json.loads(template.partition(_AFTER)[0].removeprefix(_BEFORE)) if template.startswith(_BEFORE) else None
+    """The turns that a template carries; None where it carries none. Raises UserError where they are no JSON."""
+    if not template.startswith(_BEFORE):
+        return None
+    try:
+        return json.loads(template.partition(_AFTER)[0].removeprefix(_BEFORE))
+    except ValueError as error:  # somebody has edited them
+        raise UserError(f"the prompt at the top of a chat_template.jinja is no JSON: {error}; mend it there") from error
 
 
 def prompt_of(model: str, untrained: list[dict]) -> list[dict]:

@@ -17,10 +17,11 @@ from trl import GRPOTrainer, SFTTrainer
 from trl.trainer.utils import RepeatSampler
 
 from engine import packing
-from engine.checkpoints import attempt, checkpoint_bytes, list_checkpoints, open_weights, publish, rotate
+from engine.checkpoints import checkpoint_bytes, failure_of, list_checkpoints, open_weights, publish, rotate
 from engine.console import UserError, note
+from engine.lora import lower_frozen
 
-CPU_TILE = 2048  # columns of logits that TRL's LM head computes at a time on a CPU, so that a tile stays in its caches
+CPU_TILE = 1024  # columns of logits that TRL's LM head computes at a time on a CPU, so that a tile stays in its caches
 
 
 @contextmanager
@@ -46,8 +47,8 @@ def lean_lm_head(device: torch.device, labelled_only: bool = True) -> Iterator[N
         utils._use_triton, utils._CHUNKED_LOGPROB_CHUNK_SIZE = before
 
 
-class WholeCheckpoints:
-    """What makes the checkpoints of any of TRL's trainers whole or not there: `class Mine(WholeCheckpoints, Theirs)`.
+class AtomicCheckpoints:
+    """What makes the checkpoints of any of TRL's trainers whole or not there: `class Mine(AtomicCheckpoints, Theirs)`.
 
     All that it overrides is transformers.Trainer's own. A checkpoint that cannot be saved costs a line on the console,
     not the run.
@@ -62,6 +63,8 @@ class WholeCheckpoints:
             # FSDP and ZeRO-3 shard the weights, and the main process, which alone evaluates, would hang; ZeRO-1 and
             # -2 cast them to bf16, where updates of 1e-6 vanish
             raise UserError("FSDP and DeepSpeed are not supported; a model of this size fits every GPU without them")
+        if self.args.bf16:
+            lower_frozen(self.model, torch.bfloat16)
 
     def _save_checkpoint(self, model, trial) -> None:
         # Trainer's own version has all processes meet half-way, where one whose disk is full never arrives
@@ -69,10 +72,10 @@ class WholeCheckpoints:
         output = Path(self.args.output_dir)
         final = output / f"checkpoint-{self.state.global_step}"
         temporary = output / f".tmp-{final.name}"
-        faults = [fault for fault in gather_object([attempt(self._write, temporary)]) if fault]  # all have written
+        faults = [fault for fault in gather_object([failure_of(self._write, temporary)]) if fault]  # all have written
         if not self.args.should_save:
             return
-        fault = faults[0] if faults else attempt(publish, temporary, final)
+        fault = faults[0] if faults else failure_of(publish, temporary, final)
         if fault is None:
             rotate(output, self.args.save_total_limit, self.state.best_global_step)
         else:
@@ -115,7 +118,7 @@ class WholeCheckpoints:
             super()._run_epoch(**kwargs)
 
 
-class CarefulTrainer(WholeCheckpoints, GRPOTrainer):
+class LeanGRPOTrainer(AtomicCheckpoints, GRPOTrainer):
     """GRPOTrainer that computes no wasted columns or rows, and whose checkpoints are whole or not there.
 
     TRL pads prompts and completions to the longest of the generation batch and trains on all of that in every micro
@@ -245,7 +248,7 @@ class CarefulTrainer(WholeCheckpoints, GRPOTrainer):
         return loss
 
 
-class CarefulSFTTrainer(WholeCheckpoints, SFTTrainer):
+class LeanSFTTrainer(AtomicCheckpoints, SFTTrainer):
     """SFTTrainer whose checkpoints are whole or not there."""
 
     def compute_loss(self, *args, **kwargs):

@@ -51,11 +51,12 @@ from trl import GRPOTrainer
 import train_grpo
 from engine import demo, runs
 from engine.console import UserError, run
+from engine.lora import lora_config
 from engine.models import describe_precision, load_model, pick_device
 from engine.questions import to_prompt
 from engine.rollout import Rollout
 from engine.templates import encode
-from engine.trainer import CarefulTrainer
+from engine.trainer import LeanGRPOTrainer
 
 ROOT = Path(train_grpo.__file__).resolve().parent
 CUDA = torch.cuda.is_available()
@@ -76,7 +77,7 @@ class Variant(NamedTuple):
 VARIANTS = {
     "tutorial": Variant("TRL, tutorial's settings", GRPOTrainer, None, TUTORIAL),
     "trl": Variant("TRL, our settings", GRPOTrainer, None),
-    "ours": Variant("this project", CarefulTrainer, Rollout),
+    "ours": Variant("this project", LeanGRPOTrainer, Rollout),
 }
 
 
@@ -105,7 +106,7 @@ def load_checkout(folder: Path) -> Variant:
         sys.path.remove(str(folder))
         take_out(folder)
         sys.modules.update(ours)
-    return Variant(folder.name, trainer.CarefulTrainer, rollout.Rollout)
+    return Variant(folder.name, trainer.LeanGRPOTrainer, rollout.Rollout)
 
 
 # ------------------------------------------------------------------------------------------------ what is trained on
@@ -245,7 +246,7 @@ def measure(
             args=config,
             train_dataset=Dataset.from_dict({"prompt": work.questions}),
             processing_class=tokenizer,
-            peft_config=runs.lora_config(recipe, model),
+            peft_config=lora_config(recipe, model),
             rollout_func=meter.replay if what == "training" else variant.rollout and variant.rollout(),
             callbacks=[meter],
         )

@@ -163,17 +163,17 @@ def test_what_is_provided(untaught, tmp_path, monkeypatch):
     monkeypatch.setattr(pretraining, "make_base", made.append)
     cache = tmp_path / "base"
     model, data = demo.folders(cache)
-    pretraining.provide(cache, model, data)
-    pretraining.provide(cache, str(untaught), "data")
+    pretraining.prepare_demo(cache, model, data)
+    pretraining.prepare_demo(cache, str(untaught), "data")
     assert made == [cache, untaught] and not cache.exists()
-    pretraining.provide(cache, "somebody/elses", data)
+    pretraining.prepare_demo(cache, "somebody/elses", data)
     assert len(made) == 2 and sorted(path.name for path in cache.iterdir()) == ["data"]
-    assert pretraining.is_ours("output/demo/base/student") and not pretraining.is_ours("models/student")
+    assert pretraining.is_demo_base("output/demo/base/student") and not pretraining.is_demo_base("models/student")
 
 
 def test_data_is_the_demos(demo_base, tmp_path):
     """A run from a named model has the questions that the demo's own base is measured on."""
-    pretraining.provide(tmp_path, "somebody/elses", demo.folders(tmp_path)[1])
+    pretraining.prepare_demo(tmp_path, "somebody/elses", demo.folders(tmp_path)[1])
     for split in ("train", "test"):
         [file], [same] = ([*(folder / "data" / split).glob("*.arrow")] for folder in (tmp_path, demo_base))
         assert file.read_bytes() == same.read_bytes()

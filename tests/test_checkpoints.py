@@ -20,7 +20,7 @@ import train_grpo
 from engine import checkpoints
 from engine.console import UserError
 from engine.curves import read_history
-from engine.trainer import WholeCheckpoints
+from engine.trainer import AtomicCheckpoints
 
 SMALL = {"QUESTIONS_PER_STEP": 2, "MAX_COMPLETION_TOKENS": 32, "DEV_QUESTIONS": 8, "SAVE_EVERY": 1, "SAVE_LIMIT": 9}
 SMALL |= {"BF16": False, "LEARNING_RATE": 5e-4, "WARMUP_STEPS": 1, "GRADIENT_CHECKPOINTING": False}
@@ -267,7 +267,7 @@ def test_moved_folder_is_the_same_run(tmp_path):
 
 def test_unfit_constants_exist():
     """What a resumed run refuses to see changed are constants of train_grpo.py, and the traces of train_sft.py."""
-    assert checkpoints.UNFIT <= set(train_grpo.default_recipe()) | {"TRACES"}
+    assert checkpoints.INCOMPATIBLE <= set(train_grpo.default_recipe()) | {"TRACES"}
 
 
 # ------------------------------------------------------------------------------------------------- the output folder
@@ -444,14 +444,14 @@ def test_sharded_or_cast_weights_are_refused(sharded):
     """Before a step is made: evaluation could not gather them, or the end would find them in bf16."""
     theirs = type("Theirs", (), {"is_fsdp_enabled": False, "is_deepspeed_enabled": False, sharded: True})
     with pytest.raises(UserError, match="FSDP and DeepSpeed are not supported"):
-        type("Mine", (WholeCheckpoints, theirs), {})()
+        type("Mine", (AtomicCheckpoints, theirs), {})()
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
 def test_out_of_memory(train, tmp_path, monkeypatch):
     """Wherever a GPU's memory runs out: one line with the constants to lower, the cheapest first."""
     full = torch.OutOfMemoryError("CUDA out of memory.")
-    for place in ("engine.monitor.RunMonitor.measure_model", "engine.trainer.CarefulTrainer.training_step"):
+    for place in ("engine.monitor.RunMonitor.measure_model", "engine.trainer.LeanGRPOTrainer.training_step"):
         with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
             patch.setattr(place, lambda *_, **__: (_ for _ in ()).throw(full))
             train(tmp_path / place)

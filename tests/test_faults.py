@@ -44,7 +44,7 @@ def generate(self, prompts, trainer):
         completions.append(encode(f"{tags[0]}\\n{number}\\n{tags[1]}\\n<answer>\\n{number}\\n</answer><|im_end|>"))
     return {"prompt_ids": prompt_ids, "completion_ids": completions, "logprobs": None}
 
-def record(self, folder, write=trainer.CarefulTrainer._write):
+def record(self, folder, write=trainer.LeanGRPOTrainer._write):
     write(self, folder)
     if self.args.should_save:
         logs = {name: list(self._logs[name]) for name in ("prompt", "completion", "advantages")}
@@ -52,7 +52,7 @@ def record(self, folder, write=trainer.CarefulTrainer._write):
         (folder / "logs.json").write_text(json.dumps(logs))
 
 def main(argv=None):
-    rollout.Rollout.__call__, trainer.CarefulTrainer._write = generate, record
+    rollout.Rollout.__call__, trainer.LeanGRPOTrainer._write = generate, record
     small = {"QUESTIONS_PER_STEP": 4, "MICRO_BATCH": 8, "SAVE_EVERY": 1, "SAVE_LIMIT": 9}
     train_grpo.main(argv, **small, EVAL_EVERY=100, DEV_QUESTIONS=8)
 

@@ -197,6 +197,9 @@ def test_sft_measures_the_same_too(demo_base, tmp_path):
     constants = {name: value for name, value in SMALL.items() if name in train_sft.default_recipe()}
     constants |= {"ROWS_PER_STEP": 2, "MICRO_BATCH": 2, "DEV_QUESTIONS": 2}
     run_main(train_sft.main, *flags, "--max-steps", 1, **constants)
+    for folder in ("run", "run/checkpoint-1"):  # and what it saves answers with as many tokens as it was measured with
+        saved = json.loads((tmp_path / folder / "generation_config.json").read_text())
+        assert saved["max_new_tokens"] == SMALL["MAX_COMPLETION_TOKENS"]
     make(tmp_path / "data", lines(train), lines(test[:4]))
     with pytest.raises(UserError, match="TEST_READ was '6 rows, .* and is '4 rows"):
         run_main(train_sft.main, *flags, "--max-steps", 2, "--resume", **constants)
@@ -209,15 +212,15 @@ def test_what_fits_and_what_does_not(lora, tmp_path):
     recipe = train_grpo.default_recipe() | {"OUTPUT_DIR": str(tmp_path), "USE_LORA": lora}
     begun = SimpleNamespace(**recipe, MODEL_READ="1 files, sha256 a", TEST_READ="4 rows, sha256 b")
     checkpoints.save_recipe(tmp_path, begun)
-    assert checkpoints.refuse_unfit(tmp_path, SimpleNamespace(**recipe)) == {}
+    assert checkpoints.refuse_incompatible(tmp_path, SimpleNamespace(**recipe)) == {}
     now = SimpleNamespace(**recipe, MODEL_READ="1 files, sha256 c", TEST_READ="4 rows, sha256 b")
     if lora:
         with pytest.raises(UserError, match="MODEL_READ"):
-            checkpoints.refuse_unfit(tmp_path, now)
+            checkpoints.refuse_incompatible(tmp_path, now)
     else:
-        assert list(checkpoints.refuse_unfit(tmp_path, now)) == ["MODEL_READ"]
+        assert list(checkpoints.refuse_incompatible(tmp_path, now)) == ["MODEL_READ"]
     checkpoints.save_recipe(tmp_path, SimpleNamespace(**recipe))
-    assert checkpoints.refuse_unfit(tmp_path, now) == {}
+    assert checkpoints.refuse_incompatible(tmp_path, now) == {}
 
 
 def test_test_questions_are_not_learned(tmp_path, capsys):

@@ -8,7 +8,7 @@ from trl import GRPOTrainer
 
 from engine import packing
 from engine.packing import Row, arrange, lay_out, pair_cost, plan, read_rows, why_not
-from engine.trainer import CarefulTrainer
+from engine.trainer import LeanGRPOTrainer
 
 LONG = {"prompt_words": 40}  # far longer than the completions, so that sharing pays
 
@@ -91,7 +91,7 @@ def test_prompts_that_differ_in_padding_only():
 
 
 # ------------------------------------------------------------------------------------------------- the gradients
-class Packed(CarefulTrainer):
+class Packed(LeanGRPOTrainer):
     """Packs as much as it can, whatever attention costs."""
 
     def __init__(self, *args, **kwargs) -> None:
@@ -178,6 +178,6 @@ def test_why_not(change, words):
 def test_without_sharing_a_note_says_why(tmp_path, monkeypatch, capsys):
     """Where packs are not covered, rows are trained by themselves, with TRL's gradients, and one note says why."""
     monkeypatch.setattr(packing, "why_not", lambda model: "not tried with this")
-    stock, ours = (train(kind, tmp_path, **LONG) for kind in (GRPOTrainer, CarefulTrainer))
+    stock, ours = (train(kind, tmp_path, **LONG) for kind in (GRPOTrainer, LeanGRPOTrainer))
     assert_same_gradients(ours, stock)
     assert capsys.readouterr().out.count("reads its prompt by itself, slower: not tried with this") == 1

@@ -24,7 +24,7 @@ from engine.models import load_reward_model
 from engine.preference import final_answer, load_preference, rank_group, score
 from engine.questions import load_questions
 from engine.templates import encode
-from prompts import ANSWER_COLUMN, OPEN_SYSTEM_PROMPT, QUESTION_COLUMN, SYSTEM_PROMPT
+from prompts import ANSWER_COLUMN, OPEN_SYSTEM_PROMPT, QUESTION_COLUMN
 from rewards import REWARD_WEIGHTS, REWARDS
 
 NAMES = [reward.__name__ for reward in REWARDS] + ["preference_reward"]
@@ -171,7 +171,8 @@ def test_labelled_and_unlabelled_in_one_step(scale, train, raw_score, tmp_path):
     totals = []
     for start in range(0, 16, 4):
         rewards, label, prompt = reward_rows(trainer)[start : start + 4], labels[start], prompts[start]
-        assert prompt[0]["content"] == (OPEN_SYSTEM_PROMPT if label is None else SYSTEM_PROMPT)
+        before = [{"role": "system", "content": OPEN_SYSTEM_PROMPT}] if label is None else []  # else the template's
+        assert prompt[:-1] == before
         column = {name: [row[name] for row in rewards] for name in NAMES}
         assert column["soft_format_reward"] == [0.5, 0.5, 0.0, 0.5]
         assert column["language_reward"] == [1.0] * 4

@@ -20,8 +20,8 @@ from engine.console import UserError
 from engine.constants import constants_of
 from engine.curves import read_history
 from engine.demo import CAREFUL, SFT_RECIPE, draw_problems
-from engine.templates import encode
-from engine.trainer import CarefulSFTTrainer
+from engine.templates import PLAIN_TEMPLATE, carry_prompt, encode, todays_prompt
+from engine.trainer import LeanSFTTrainer
 
 SMALL = {"ROWS_PER_STEP": 8, "MICRO_BATCH": 4, "LEARNING_RATE": 1e-3, "SAVE_EVERY": 1, "SAVE_LIMIT": 9}
 SMALL |= {"MAX_COMPLETION_TOKENS": 96, "DEV_QUESTIONS": 8, "BF16": False}  # these are train_grpo.py's
@@ -69,7 +69,7 @@ def train(demo_base, careful, tmp_path_factory):
     traces = write(folder / "traces.jsonl", careful[:20])
     common = ["--model", demo_base / "model", "--dataset", folder / "data", "--cpu", "--max-steps", "5"]
 
-    def run(output: Path, *flags: object, traces: Path = traces, **constants: object) -> CarefulSFTTrainer:
+    def run(output: Path, *flags: object, traces: Path = traces, **constants: object) -> LeanSFTTrainer:
         flags = [*common, "--traces", traces, "--output", output, *flags]
         return run_main(train_sft.main, *flags, **SMALL | constants)
 
@@ -137,7 +137,7 @@ def test_a_base_learns_its_own_end(train, careful, tmp_path):
     tokenizer = trainer.processing_class
     learned = [tokenizer.decode([label for label in row["labels"] if label != -100]) for row in trainer.train_dataset]
     assert learned == [line["completion"][0]["content"] + "<|endoftext|>" for line in careful[:20]]
-    assert models.load_model(str(tmp_path / "run"))[1].chat_template == models.PLAIN_TEMPLATE
+    assert models.load_model(str(tmp_path / "run"))[1].chat_template == carry_prompt(PLAIN_TEMPLATE, todays_prompt())
 
 
 def test_schedule(whole_run):
@@ -246,7 +246,7 @@ def test_what_is_dropped_and_mixed_in(train, careful, demo_base, tmp_path, capsy
         MIX_SHARE=0.4,
     )  # fmt: skip
     said = capsys.readouterr().out
-    assert "--traces: 3 of 12 rows dropped: 2 longer than MAX_TOKENS 1024 or MAX_COMPLETION_TOKENS 96, 1 on que" in said
+    assert "--traces: 3 of 12 rows dropped: 2 longer than MAX_TOKENS 1024 or MAX_COMPLETION_TOKENS 96, 1 on te" in said
     assert "--mix: 1 of 7 rows dropped: 1 longer" in said and "6 conversations mixed in" in said
     tokenizer = trainer.processing_class
     learned = [tokenizer.decode([label for label in row["labels"] if label != -100]) for row in trainer.train_dataset]
@@ -254,6 +254,8 @@ def test_what_is_dropped_and_mixed_in(train, careful, demo_base, tmp_path, capsy
     assert sorted(learned[9:]) == [f"再见，{i}<|im_end|>\n" for i in range(6)]
     texts = [tokenizer.decode(row["input_ids"]) for row in trainer.train_dataset]
     assert [text.startswith("<|im_start|>system\n说一句话<|im_end|>") for text in texts].count(True) == 1
+    plain = [text.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>") for text in texts]
+    assert plain.count(True) == 5 and plain[:9] == [False] * 9  # ours would demand a number of a conversation
 
 
 def test_share(capsys):
@@ -339,7 +341,7 @@ def test_every_constant_has_one_home():
     """What is shared is not repeated, the demo changes only what exists, and every constant is read somewhere."""
     own, shared = constants_of(train_sft), set(train_sft.SHARED)
     assert shared <= set(train_grpo.default_recipe()) and not shared & set(own)
-    assert set(SFT_RECIPE) <= shared | set(own) and "TRACES" in checkpoints.UNFIT
+    assert set(SFT_RECIPE) <= shared | set(own) and "TRACES" in checkpoints.INCOMPATIBLE
     assert shared | set(own) <= names_read()
 
 

@@ -131,12 +131,12 @@ def test_bench_speed_loads_another_checkout(tmp_path):
     console.write_text(console.read_text(encoding="utf-8") + "\nMARK = 1\n", encoding="utf-8")
     old.mkdir()
     (old / "console.py").write_text("MARK = 2\n")
-    (old / "trainer.py").write_text("import console, prompts\nclass CarefulTrainer:\n    mark = console.MARK\n")
+    (old / "trainer.py").write_text("import console, prompts\nclass LeanGRPOTrainer:\n    mark = console.MARK\n")
     (old / "prompts.py").write_text("")
     (old / "rollout.py").write_text("class Rollout:\n    pass\n")
     before = {name: sys.modules.get(name) for name in ("engine", "engine.trainer", "prompts", "console")}
     theirs, oldest = bench_speed.load_checkout(new), bench_speed.load_checkout(old)
-    assert theirs.trainer is not bench_speed.CarefulTrainer and theirs.rollout is not bench_speed.Rollout
+    assert theirs.trainer is not bench_speed.LeanGRPOTrainer and theirs.rollout is not bench_speed.Rollout
     used = theirs.trainer._load_from_checkpoint.__globals__["check_fits"].__globals__["UserError"]
     assert used is not UserError and used.__module__ == "engine.console" and oldest.trainer.mark == 2
     assert {name: sys.modules.get(name) for name in before} == before and before["console"] is None

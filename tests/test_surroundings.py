@@ -119,6 +119,7 @@ def test_a_resumed_run_locks_again(tmp_path):
 def test_other_processes_of_a_run_lock_nothing(tmp_path, monkeypatch):
     """Under a launcher the main process alone takes the lock; the others are its own run."""
     locked = []
+    (tmp_path / "run").mkdir()
     monkeypatch.setattr(runs, "lock", locked.append)
     for main in (False, True):
         state = SimpleNamespace(is_main_process=main, num_processes=2, main_process_first=contextlib.nullcontext)
@@ -126,6 +127,20 @@ def test_other_processes_of_a_run_lock_nothing(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="empty"):
             train_grpo.main(arguments(train_grpo, tmp_path / "run", tmp_path))
         assert locked == [tmp_path / "run"] * main
+
+
+def test_a_folder_that_was_not_there(tmp_path):
+    """It is made and locked once nothing can be refused any more; what another run did there meanwhile is seen."""
+    output, recipe = tmp_path / "run", SimpleNamespace(OUTPUT_DIR=str(tmp_path / "run"))
+    with pytest.raises(UserError, match="empty"):
+        train_grpo.main(arguments(train_grpo, output, tmp_path))
+    assert not output.exists()
+    checkpoints.begin(output, recipe, None)
+    assert f"process {os.getpid()} on " in lock_elsewhere(output).stderr
+    write_checkpoint(output / "checkpoint-1", 1)
+    with pytest.raises(UserError, match="already holds a run"):
+        checkpoints.begin(output, recipe, None)
+    assert (output / "checkpoint-1").exists()
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])

@@ -21,7 +21,7 @@ from test_rollout import EOS, make_model, make_tokenizer
 from transformers import Qwen2ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, SFTTrainer
 
-from engine.trainer import CPU_TILE, CarefulSFTTrainer, CarefulTrainer, lean_lm_head
+from engine.trainer import CPU_TILE, LeanGRPOTrainer, LeanSFTTrainer, lean_lm_head
 
 GROUP, LONGEST = 4, 24
 
@@ -137,12 +137,12 @@ CASES |= {
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_equal_stock(tmp_path, case):
     """The gradient of every parameter in every step is TRL's, and fewer tokens are computed for it."""
-    stock, ours = (train(kind, tmp_path, **CASES[case]) for kind in (GRPOTrainer, CarefulTrainer))
+    stock, ours = (train(kind, tmp_path, **CASES[case]) for kind in (GRPOTrainer, LeanGRPOTrainer))
     assert_same_gradients(ours, stock)
     assert tokens(ours) < tokens(stock)
 
 
-class Alone(CarefulTrainer):
+class Alone(LeanGRPOTrainer):
     """Without shared prompts: trimmed, sorted and skipped rows."""
 
     def __init__(self, *args, **kwargs) -> None:
@@ -165,7 +165,7 @@ class Trimmed(Alone):
 
 def test_each_lever_saves(tmp_path):
     """Trimming, sorting, skipping and sharing each compute less than without."""
-    kinds = (GRPOTrainer, Trimmed, Sorted, Alone, CarefulTrainer)
+    kinds = (GRPOTrainer, Trimmed, Sorted, Alone, LeanGRPOTrainer)
     stock, trimmed, ordered, alone, ours = (train(kind, tmp_path, max_steps=4, prompt_words=12) for kind in kinds)
     for trainer in (trimmed, ordered, alone, ours):
         assert_same_gradients(trainer, stock)
@@ -180,14 +180,14 @@ def test_only_labelled_positions_are_projected(tmp_path, monkeypatch):
     projected, apply = [], trl.trainer.utils._ChunkedLogProbFunction.apply
     head = SimpleNamespace(apply=lambda hidden, *rest: projected.append(len(hidden)) or apply(hidden, *rest))
     monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", head)
-    trainer = train(CarefulTrainer, tmp_path, reward=no_flat, max_steps=1)
+    trainer = train(LeanGRPOTrainer, tmp_path, reward=no_flat, max_steps=1)
     lengths = [step["completions/mean_length"] for step in trainer.state.log_history if "reward" in step]
     assert sum(projected) == 16 * lengths[0]
 
 
 def test_dead_micro_batches_are_left_out(tmp_path):
     """In a step of flat groups the model runs once, on one row, for its gradients of zeros; entropy is not logged."""
-    trainer = train(CarefulTrainer, tmp_path, reward=all_flat, max_steps=1)
+    trainer = train(LeanGRPOTrainer, tmp_path, reward=all_flat, max_steps=1)
     assert trainer.computed == [(1, 2)]
     assert all(grad.eq(0).all() for grad in trainer.gradients[0].values())
     logged = trainer.state.log_history[0]
@@ -196,7 +196,7 @@ def test_dead_micro_batches_are_left_out(tmp_path):
 
 def test_figures_are_of_live_rows(tmp_path):
     """Entropy is a mean over micro batches with live rows, never diluted by zeros; nothing becomes NaN."""
-    stock, ours = (train(kind, tmp_path, max_steps=4) for kind in (GRPOTrainer, CarefulTrainer))
+    stock, ours = (train(kind, tmp_path, max_steps=4) for kind in (GRPOTrainer, LeanGRPOTrainer))
     for its, mine in zip(stock.state.log_history[:4], ours.state.log_history[:4], strict=True):
         assert its.keys() == mine.keys() and all(math.isfinite(value) for value in mine.values())
         assert mine["entropy"] == pytest.approx(its["entropy"], rel=0.1) and mine["entropy"] > 1
@@ -211,7 +211,7 @@ DECAYING = {"weight_decay": 0.5, "learning_rate": 1e-2, "adam_epsilon": 1e-3}
 def test_flat_steps_still_decay(tmp_path):
     """After a step of flat groups alone the weights are TRL's too: Adam's momentum and the weight decay act on."""
     weights = []
-    for kind in (GRPOTrainer, CarefulTrainer):
+    for kind in (GRPOTrainer, LeanGRPOTrainer):
         rewards = iter([no_flat, all_flat, all_flat])  # by step
 
         def reward(completion_ids, rewards=rewards, **_):
@@ -239,7 +239,7 @@ def test_comparison_notices(tmp_path, what):
     """Negative controls: wherever a lever would be wrong, the comparison above fails."""
     settings, method, wrong = WRONG[what]
     stock = train(GRPOTrainer, tmp_path, **settings)
-    ours = train(type("Wrong", (CarefulTrainer,), {method: wrong}), tmp_path, **settings)
+    ours = train(type("Wrong", (LeanGRPOTrainer,), {method: wrong}), tmp_path, **settings)
     with pytest.raises(AssertionError):
         assert_same_gradients(ours, stock)
 
@@ -249,12 +249,12 @@ def test_sorting_stays_within_a_step(tmp_path, monkeypatch):
     stock = train(GRPOTrainer, tmp_path, steps_per_generation=8)
     monkeypatch.setattr("engine.trainer.math.gcd", lambda parts, accumulation: parts)
     with pytest.raises(AssertionError):
-        assert_same_gradients(train(CarefulTrainer, tmp_path, steps_per_generation=8), stock)
+        assert_same_gradients(train(LeanGRPOTrainer, tmp_path, steps_per_generation=8), stock)
 
 
 def test_other_passes_are_left_to_trl(tmp_path, monkeypatch):
     """A pass that asks for more than log-probabilities and entropies goes to TRL as it came."""
-    trainer = train(CarefulTrainer, tmp_path, max_steps=1)
+    trainer = train(LeanGRPOTrainer, tmp_path, max_steps=1)
     monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", lambda self, *args, **kwargs: (args, kwargs))
     ids = torch.ones(2, 5, dtype=torch.long)
     args, kwargs = trainer._get_per_token_logps_and_entropies(None, ids, ids, 3, compute_aux_loss=True, num_images=None)
@@ -266,7 +266,7 @@ def compare_a_rank(folder) -> None:
     rank = int(os.environ["RANK"])
     settings = {"reward": all_flat if rank else no_flat, "gradient_accumulation_steps": 2, "max_steps": 3}
     settings |= DECAYING | {"ddp_find_unused_parameters": False}
-    stock, ours = (train(kind, folder / f"rank{rank}", **settings) for kind in (GRPOTrainer, CarefulTrainer))
+    stock, ours = (train(kind, folder / f"rank{rank}", **settings) for kind in (GRPOTrainer, LeanGRPOTrainer))
     assert_same_gradients(ours, stock)
     for mine, its in zip(ours.model.parameters(), stock.model.parameters(), strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)
@@ -310,6 +310,6 @@ def test_small_tiles_change_nothing(labelled_only):
 def test_fine_tuning_computes_small_tiles_too(monkeypatch):
     utils = trl.trainer.utils
     monkeypatch.setattr(SFTTrainer, "compute_loss", lambda self: (utils._CHUNKED_LOGPROB_CHUNK_SIZE, utils._use_triton))
-    trainer = CarefulSFTTrainer.__new__(CarefulSFTTrainer)
+    trainer = LeanSFTTrainer.__new__(LeanSFTTrainer)
     trainer.accelerator = SimpleNamespace(device=torch.device("cpu"))
     assert trainer.compute_loss() == (CPU_TILE, utils._use_triton)
