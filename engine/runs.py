@@ -182,15 +182,22 @@ def open_output(flags: argparse.Namespace, recipe: SimpleNamespace, state: Parti
     Raises:
         UserError: as in `folder.lock` and `checkpoints.find`.
     """
+    from accelerate.utils import gather_object
+
     from engine import checkpoints
 
-    output = Path(recipe.OUTPUT_DIR)
+    output, checkpoint, errors = Path(recipe.OUTPUT_DIR), None, []
     with state.main_process_first():
-        if state.is_main_process and (output.exists() or flags.demo and not flags.resume):  # else `begin` makes it
-            lock(output)
-        checkpoint = checkpoints.find(output, recipe, flags.resume)
-        if flags.demo:
-            pretraining.prepare_demo(output / "base", recipe.MODEL, recipe.DATASET)
+        try:
+            if state.is_main_process and (output.exists() or flags.demo and not flags.resume):  # else `begin` makes it
+                lock(output)
+            checkpoint = checkpoints.find(output, recipe, flags.resume)
+            if flags.demo:
+                pretraining.prepare_demo(output / "base", recipe.MODEL, recipe.DATASET)
+        except UserError as error:
+            errors.append(error)
+    if errors := gather_object(errors):  # one process alone would leave the others waiting, and ending in a traceback
+        raise errors[0]
     return checkpoint
 
 
