@@ -8,16 +8,17 @@ from statistics import fmean
 from types import SimpleNamespace
 
 import pytest
-from conftest import run_main, run_script
+from conftest import ROOT, run_main, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugin_util import markdown_to_safe_html
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.tensorboard import SummaryWriter
 
+import evaluate
 import train_grpo
 from engine import monitor
 from engine.console import UserError
-from engine.curves import draw_curves, read_history
+from engine.curves import PANELS, draw_curves, read_history
 from engine.monitor import ALARMS, REPEAT, WINDOW, Monitor, SftMonitor, not_finite, preformatted, side_by_side
 from rewards import REWARD_WEIGHTS, REWARDS
 
@@ -276,19 +277,22 @@ def test_curves_of_one_run_and_of_several(tmp_path):
         (tmp_path / "curves.png").unlink()
 
 
-def test_what_a_run_leaves_to_look_at(demo_output, capsys):
+def test_what_a_run_leaves_to_look_at(demo_output, tmp_path, capsys):
     """Curves, samples and held-out accuracy of a run of three steps, in the files and as TensorBoard shows them."""
     run_main(train_grpo.main, "--demo", "--output", demo_output, "--max-steps", 3)
     said = capsys.readouterr().out
     assert "ALARM" not in said
-    assert "held-out   " not in said  # the first point comes from `before`, the last one from `after`
+    assert said.count("held-out   ") == 2  # the first point comes with `before`, the last one with `after`
 
     events = EventAccumulator(str(demo_output / "runs")).Reload().Tags()
     groups = {tag.partition("/")[0] for tag in events["scalars"]}
     assert groups == {"reward", "correctness", "format", "language", "length", "training", "speed", "heldout"}
     shown = {tag.removesuffix("/text_summary") for tag in events["tensors"]}
     assert shown == {"recipe", "samples/group_1", "samples/group_2", "custom_scalars__config__"}
-    assert {tag for _, tags in Monitor.overview.values() for tag in tags} <= set(events["scalars"])
+    drawn = {tag for _, tags in Monitor.overview.values() for tag in tags}
+    drawn |= {tag for _, curves in PANELS.values() for tag in curves}
+    told = re.findall(rf"`((?:{'|'.join(groups)})/[a-z_]+)`", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert drawn | {*told} <= {*events["scalars"]} and len(told) > 8
     history = read_history(demo_output)
     assert [row["step"] for row in history] == [0, 1, 2, 3]
     assert [row["step"] for row in history if "heldout/strict" in row] == [0, 3]
@@ -315,8 +319,13 @@ def test_what_a_run_leaves_to_look_at(demo_output, capsys):
     assert results["best"] == {"step": 3, "strict": pytest.approx(history[-1]["heldout/strict"])}
     assert (demo_output / "checkpoint-3").is_dir()
 
-    assert history[0]["heldout/strict"] == pytest.approx(results["before"]["strict"])  # the sample is all of them
-    assert history[-1]["heldout/strict"] == pytest.approx(results["after"]["strict"])
+    found = {}  # the curve is of the development questions, `after` of the test questions
+    for split in ("dev", "test"):
+        run_main(evaluate.main, demo_output, "--split", split, "--cpu", "--output", tmp_path)
+        found[split] = json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))
+    assert found["test"] == results["after"] and found["dev"] != found["test"]
+    assert history[-1]["heldout/strict"] == pytest.approx(found["dev"]["strict"])
+    assert history[-1]["heldout/mean_tokens"] == pytest.approx(found["dev"]["mean_tokens"])
 
     (demo_output / "curves.png").unlink()
     assert run_script("-m", "engine.curves", demo_output).stdout.strip() == str(demo_output / "curves.png")

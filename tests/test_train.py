@@ -134,6 +134,7 @@ def test_lora(demo_output, demo_base):
 def test_lora_under_autocast(demo_base, tmp_path):
     """Where training autocasts (on a CPU with bf16 units), the saved float32 model is the one that `after` is of."""
     small = {"USE_LORA": True, "LORA_LEARNING_RATE": 1e-3, "QUESTIONS_PER_STEP": 2, "MAX_COMPLETION_TOKENS": 32}
+    small["DEV_QUESTIONS"] = 8
     run_main(
         train_grpo.main, "--cpu", "--max-steps", 2, "--output", tmp_path / "run", "--model", demo_base / "model",
         "--dataset", demo_base / "data", **small,
@@ -161,12 +162,13 @@ def test_real_questions_and_tokenizer(tmp_path, capsys):
     Qwen2ForCausalLM(config).save_pretrained(tmp_path / "model")
 
     small = {"QUESTIONS_PER_STEP": 2, "COMPLETIONS_PER_QUESTION": 4, "MAX_COMPLETION_TOKENS": 16, "MICRO_BATCH": 4}
+    small["DEV_QUESTIONS"] = 8
     run_main(
         train_grpo.main, "--cpu", "--max-steps", 2, "--output", tmp_path / "run", "--model", tmp_path / "model",
         "--dataset", tmp_path / "data", **small,
     )  # fmt: skip
     said = capsys.readouterr().out
-    assert "200 training questions (0 longer than 384 tokens dropped), 6 test questions" in said
+    assert "192 training questions (0 longer than 384 tokens dropped), 8 development and 6 test questions" in said
     results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
     assert results["steps"] == 2 and results["after"]["n"] == 6
     sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text(encoding="utf-8").splitlines()[0])
@@ -197,12 +199,12 @@ def test_unknown_constant(tmp_path):
 
 
 def test_unreachable_hub(tmp_path):
-    """Without the hub, the line names the data set, the local folder and the mirror."""
+    """Without the hub, the line names the data set, the local folder and the mirror; nothing but the lock is left."""
     with pytest.raises(UserError) as error:
         run_main(train_grpo.main, "--cpu", "--output", tmp_path / "run")
     line = str(error.value)
     assert train_grpo.DATASET in line and "HF_ENDPOINT" in line and "--dataset" in line
-    assert not (tmp_path / "run").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 def test_batch_arithmetic():
@@ -280,7 +282,7 @@ def test_steps_of_a_part_of_an_epoch():
     device = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
     args = SimpleNamespace(bf16=False)
     watch = Monitor.__new__(Monitor)
-    watch.recipe, watch.test = recipe, []
+    watch.recipe, watch.dev, watch.test = recipe, [], []
     watch.trainer = SimpleNamespace(train_dataset=range(7459), accelerator=device, args=args)
     with redirect_stdout(io.StringIO()) as said:
         watch.print_header(dropped=0)
@@ -304,6 +306,7 @@ def test_flags_override_constants():
     assert recipe.BETA == 0.5 and train_grpo.default_recipe() == before
     _, demo = train_grpo.configure(["--demo"], {})
     assert demo.OUTPUT_DIR == "output/demo" and not demo.BF16 and demo.LOSS_TYPE == train_grpo.LOSS_TYPE
+    assert train_grpo.configure([], {})[1].OUTPUT_DIR == "output/grpo"  # beside other runs, in one --logdir
     assert train_grpo.configure(["--demo"], {"MAX_STEPS": 2})[1].MAX_STEPS == 2
     assert train_grpo.configure(["--demo", "--max-steps", "3"], {"MAX_STEPS": 2})[1].MAX_STEPS == 3
 
@@ -319,9 +322,8 @@ def test_no_dead_constant():
     """Every constant of train_grpo.py is used somewhere, as `recipe.NAME` or `recipe["NAME"]`."""
     assert set(train_grpo.default_recipe()) <= names_read()
     names = re.findall(r"^([A-Z0-9_]+)(?:: \S.*)? = ", (ROOT / "train_grpo.py").read_text(encoding="utf-8"), flags=re.M)
-    assert set(names) - {"OUT_OF_MEMORY"} == set(train_grpo.default_recipe()) - {
-        "REWARD_WEIGHTS"
-    }  # none without a type
+    edited = {"REWARDS", "REWARD_WEIGHTS", "SYSTEM_PROMPT", "EXAMPLE"}  # of rewards.py and prompts.py
+    assert set(names) == set(train_grpo.default_recipe()) - edited  # none without a type
 
 
 @pytest.mark.parametrize(
