@@ -125,7 +125,7 @@ def adapter_run(demo_base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter")
     shutil.copytree(demo_base / "model", folder / "model")
     data = load_from_disk(demo_base / "data")
-    train, test = ([to_row(*pair) for pair in zip(*data[split][:10].values(), strict=True)] for split in data)
+    train, test = ([to_row(*pair) for pair in zip(*data[split][:12].values(), strict=True)] for split in data)
     test = test[:6]
     make(folder / "data", lines([test[0], *train]), lines(test))  # the last two of train are development questions
     files = ["--model", folder / "model", "--dataset", folder / "data", "--output", folder / "run"]
@@ -164,12 +164,12 @@ def test_other_training_rows_are_named(adapter_run, capsys):
     (adapter_run.folder / "data" / "train.jsonl").write_text(lines([adapter_run.test[0], *adapter_run.train[1:]]))
     adapter_run.go_on(2, "--resume")
     said = capsys.readouterr().out
-    assert "note: from checkpoint-1 on TRAIN_READ is '7 rows, " in said and "no longer '8 rows, " in said
+    assert "note: from checkpoint-1 on TRAIN_READ is '9 rows, " in said and "no longer '10 rows, " in said
     first = adapter_run.test[0][QUESTION_COLUMN]
     assert f"1 training questions dropped that the test split asks too, the first is {first!r}" in said
     assert not any(f"{name}_READ is" in said for name in ("MODEL", "DEV", "TEST"))
     recipe = json.loads((adapter_run.folder / "run/recipe/recipe.json").read_text())
-    assert [recipe[f"{name}_READ"].split(",")[0] for name in ("TRAIN", "DEV", "TEST")] == ["7 rows", "2 rows", "6 rows"]
+    assert [recipe[f"{name}_READ"].split(",")[0] for name in ("TRAIN", "DEV", "TEST")] == ["9 rows", "2 rows", "6 rows"]
     assert recipe["MODEL_READ"] == fingerprint_weights(str(adapter_run.folder / "model"))
 
 
@@ -226,7 +226,7 @@ def test_what_fits_and_what_does_not(lora, tmp_path):
 def test_test_questions_are_not_learned(tmp_path, capsys):
     """What the test split asks falls out of the training questions; where nothing is left, that is refused."""
     data = make(tmp_path, lines([*ROWS[8:10], *ROWS[:8]]), lines(ROWS[8:]))
-    assert [label for _, label in pairs_of(load_splits(data, 2)[0])] == list(range(6))
+    assert [label for _, label in pairs_of(load_splits(data, 1)[0])] == list(range(7))
     said = capsys.readouterr().out
     assert "2 training questions dropped" in said and repr(ROWS[8][QUESTION_COLUMN]) in said
     data = make(tmp_path, lines(ROWS[:10]), lines(ROWS[10:]))
