@@ -17,7 +17,7 @@ from engine.console import UserError, note, refuse_missing_folder
 from engine.fingerprints import fingerprint_rows, fingerprint_weights
 from engine.folder import lock
 from engine.questions import pairs_of
-from engine.templates import prompt_of
+from engine.templates import prompt_of, todays_prompt
 
 if TYPE_CHECKING:  # imported where they are used: `--help` and the one-line errors need no seconds to start
     import torch
@@ -73,7 +73,9 @@ def make_recipe(
         changes = {"MODEL": model, "DATASET": dataset} | demo_changes
         changes = {name: value for name, value in changes.items() if name in defaults}
     recipe = constants.make_recipe(defaults, changes, given, by_flag)
-    turns = prompt_of(recipe.MODEL, untrained=prompt_turns(recipe))
+    # the demo makes its model under today's prompt, and makes it anew where the one that lies there has another
+    own = flags.demo and recipe.MODEL == changes["MODEL"]
+    turns = todays_prompt() if own else prompt_of(recipe.MODEL, untrained=prompt_turns(recipe))
     if turns != prompt_turns(recipe):
         note(f"{recipe.MODEL!r} is asked under the prompt of its training; prompts.py has another one")
         recipe.SYSTEM_PROMPT, recipe.EXAMPLE = turns[0]["content"], turns[1:]
