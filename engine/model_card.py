@@ -121,7 +121,7 @@ def settings_of(recipe: dict, results: dict, step: str) -> dict[str, object]:
         "time": f"{results['train_seconds'] / 60:.0f} minutes on {results['device']}",
         "versions": ", ".join(f"{name} {version}" for name, version in recipe["versions"].items()),
     }
-    if "REWARDS" in recipe:
+    if "REWARD_WEIGHTS" in recipe:
         weights = zip(recipe["REWARDS"], recipe["REWARD_WEIGHTS"], strict=True)
         settings["weights of the rewards"] = ", ".join(f"{name} {weight:g}" for name, weight in weights)
     return settings
