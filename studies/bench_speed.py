@@ -106,7 +106,8 @@ def load_checkout(folder: Path) -> Variant:
         sys.path.remove(str(folder))
         take_out(folder)
         sys.modules.update(ours)
-    return Variant(folder.name, trainer.LeanGRPOTrainer, rollout.Rollout)
+    kind = getattr(trainer, "LeanGRPOTrainer", None) or trainer.CarefulTrainer  # its name until the end of November
+    return Variant(folder.name, kind, rollout.Rollout)
 
 
 # ------------------------------------------------------------------------------------------------ what is trained on
