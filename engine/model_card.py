@@ -62,18 +62,7 @@ def model_card(recipe: dict, results: dict) -> str:
     else:
         what = f"supervised fine-tuning on {Path(recipe['TRACES']).name}"
         step = f"{recipe['ROWS_PER_STEP']} rows"
-    rate = recipe["LORA_LEARNING_RATE"] if recipe["USE_LORA"] else recipe["LEARNING_RATE"]
-    settings = {
-        "steps": f"{results['steps']}, each of {step}",
-        "trained": f"LoRA rank {recipe['LORA_RANK']}, merged" if recipe["USE_LORA"] else "all weights",
-        "learning rate": f"{rate:g} at its peak",
-        "seed": recipe["SEED"],
-        "time": f"{results['train_seconds'] / 60:.0f} minutes on {results['device']}",
-        "versions": ", ".join(f"{name} {version}" for name, version in recipe["versions"].items()),
-    }
-    if grpo:
-        weights = zip(recipe["REWARDS"], recipe["REWARD_WEIGHTS"], strict=True)
-        settings["weights of the rewards"] = ", ".join(f"{name} {weight:g}" for name, weight in weights)
+    settings = settings_of(recipe, results, step)
     question = json.dumps([{"role": "user", "content": recipe["PROBE_QUESTION"]}], ensure_ascii=False)
     figures = ""
     for when in ("before", "after"):
@@ -119,6 +108,23 @@ print(answer[0]["generated_text"][-1]["content"])
 ollama create r1-zh -f Modelfile && ollama run r1-zh
 ```
 """
+
+
+def settings_of(recipe: dict, results: dict, step: str) -> dict[str, object]:
+    """What made the model, by name; `step` is one optimizer step in words."""
+    rate = recipe["LORA_LEARNING_RATE"] if recipe["USE_LORA"] else recipe["LEARNING_RATE"]
+    settings = {
+        "steps": f"{results['steps']}, each of {step}",
+        "trained": f"LoRA rank {recipe['LORA_RANK']}, merged" if recipe["USE_LORA"] else "all weights",
+        "learning rate": f"{rate:g} at its peak",
+        "seed": recipe["SEED"],
+        "time": f"{results['train_seconds'] / 60:.0f} minutes on {results['device']}",
+        "versions": ", ".join(f"{name} {version}" for name, version in recipe["versions"].items()),
+    }
+    if "REWARD_WEIGHTS" in recipe:
+        weights = zip(recipe["REWARDS"], recipe["REWARD_WEIGHTS"], strict=True)
+        settings["weights of the rewards"] = ", ".join(f"{name} {weight:g}" for name, weight in weights)
+    return settings
 
 
 def is_hub_id(name: str) -> bool:
