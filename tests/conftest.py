@@ -38,6 +38,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 FORK = multiprocessing.get_context("fork")  # a process that has imported all that this one has
 
 
+@pytest.fixture(autouse=True)
+def no_precision_of_others(monkeypatch) -> None:
+    """A run of train_grpo.py sets the precision in the environment, and TRL's own trainers would follow it there."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+
+
 def run_main(main: Callable, *flags: object, **constants: object):
     """Call a script's `main` in this process, which it leaves as it was; the trainer, if it came to one."""
     from engine import checkpoints
