@@ -67,8 +67,6 @@ def train(
     kind: type[GRPOTrainer], folder, reward=half_flat, lora: bool = False, prompt_words: int | None = None, **settings
 ):
     """Train two steps, by default; the trainer, with `.gradients` of each step and `.computed` (rows, columns)."""
-    # transformers writes bf16=True there, and nobody takes it back: later trainers of this process would autocast too
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if settings.get("bf16") else "no"
     make_model(initializer_range=0.15).save_pretrained(folder / "model")  # a reference model is loaded from there
     model = Qwen2ForCausalLM.from_pretrained(folder / "model")
     words = [3 * i % 8 if prompt_words is None else prompt_words + i % 5 for i in range(32)]
