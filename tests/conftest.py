@@ -27,7 +27,7 @@ os.environ.update(
 )
 
 
-SLOWEST = ["test_train.py", "test_studies.py", "test_faults.py", "test_sft.py"]
+SLOWEST = [f"test_{name}.py" for name in ("train", "faults", "trainer", "traces", "resume", "sft")]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
