@@ -12,8 +12,8 @@ label are rewritten into the two blocks of the format, and mixed languages, long
 `traces.jsonl` in the output folder holds a line for every kept trace: prompt, completion, answer. `questions.jsonl`
 holds a line for every question: its label, all samples and why each fell, how many were right, the traces kept.
 `learnable` is a data set of the questions that are right in some samples and wrong in others, which GRPO learns from:
-`train_grpo.py --dataset output/traces/learnable`. The same command goes on where it was stopped, and with a higher
---limit to more questions. With another filter it judges again what was sampled, without a model. A trace holds the
+`train_grpo.py --dataset output/traces/learnable`. The same command goes on where it was stopped, and with a later end
+of --questions to more of them. With another filter it judges again what was sampled, without a model. A trace holds the
 question alone, however it was asked: so what a model can do behind an example is taught to one that is asked without.
 """
 
@@ -33,7 +33,7 @@ from engine.console import UserError, run
 from engine.constants import check_constants, constants_of
 from engine.fingerprints import fingerprint_weights
 from engine.folder import lock
-from engine.questions import load_splits, pairs_of, to_prompt
+from engine.questions import load_splits, pairs_of, slice_of, to_prompt
 from engine.templates import encode, trained_recipe
 from engine.traces import append_lines, judge, open_folder, read_log, write_learnable, write_lines
 from prompts import WORKED_EXAMPLE
@@ -67,8 +67,7 @@ def configure(argv: list[str] | None, constants: dict[str, Any]) -> tuple[argpar
     parser.add_argument("--model", help=f"hub id, saved model, checkpoint or adapter (default: {train_grpo.MODEL})")
     parser.add_argument("--dataset", help="hub id, folder or file (default: what the model was trained on)")
     parser.add_argument("--output", help=f"where this run writes (default: {OUTPUT_DIR}, the demo: output/demo)")
-    parser.add_argument("--skip", type=int, help="leave out the first so many questions, which were learned say")
-    parser.add_argument("--limit", type=int, help="then ask so many only")
+    parser.add_argument("--questions", metavar="FROM:TO", help="ask these training questions only, such as 400:800")
     parser.add_argument("--seed", type=int, help=f"of the sampling (default: {train_grpo.SEED})")
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument("--free", action="store_true", help="ask for a \\boxed{} instead of the format")
@@ -80,9 +79,7 @@ def configure(argv: list[str] | None, constants: dict[str, Any]) -> tuple[argpar
         raise UserError(
             "--free --demo: the demo's model has never seen a \\boxed{}; leave out --free, or name a --model"
         )
-    for name in ("skip", "limit"):
-        if getattr(flags, name) is not None and getattr(flags, name) < 1:
-            raise UserError(f"--{name} {getattr(flags, name)}: 1 or more questions; leave it out for no such bound")
+    flags.questions = slice_of(flags.questions)
     shared = train_grpo.default_recipe()
     defaults = {name: shared[name] for name in SHARED} | constants_of(sys.modules[__name__])
     recipe = runs.make_recipe(defaults, constants, flags, demo.RECIPE)
@@ -176,16 +173,17 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     if flags.demo:
         pretraining.prepare_demo(output / "base", recipe.MODEL, recipe.DATASET)
     settings = {"model": recipe.MODEL, "weights": fingerprint_weights(recipe.MODEL), "dataset": recipe.DATASET}
-    settings |= {"skip": flags.skip, "seed": recipe.SEED, "free": flags.free, "prompt": ask("", recipe, flags)}
-    settings |= {"tokens": recipe.MAX_COMPLETION_TOKENS}
+    settings |= {"skip": flags.questions.start or None, "seed": recipe.SEED, "free": flags.free}
+    settings |= {"prompt": ask("", recipe, flags), "tokens": recipe.MAX_COMPLETION_TOKENS}
     settings |= {name: getattr(recipe, name) for name in ("SAMPLES", "TEMPERATURE")}
     open_folder(output, settings)
 
     # ---- the questions, and those that an earlier run has sampled
     train, _, _ = load_splits(recipe.DATASET, recipe.DEV_QUESTIONS)
-    asked = pairs_of(train)[flags.skip :][: flags.limit]
+    asked = pairs_of(train)[flags.questions]
     if not asked:
-        raise UserError(f"--skip {flags.skip}: the data set {recipe.DATASET!r} has only {len(train)} questions there")
+        first = flags.questions.start
+        raise UserError(f"--questions {first}:...: the data set {recipe.DATASET!r} has only {len(train)} to train on")
     rows = read_log(log, asked, recipe)
     if len(rows) < len(asked):  # a batch is drawn whole, else its draws would differ
         rows = rows[: len(rows) // recipe.QUESTIONS_AT_ONCE * recipe.QUESTIONS_AT_ONCE]

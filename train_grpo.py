@@ -40,7 +40,7 @@ SEED: int = 42  # weights of a new adapter, order of the questions, sampling; --
 # One optimizer step
 QUESTIONS_PER_STEP: int = 32  # distinct questions
 COMPLETIONS_PER_QUESTION: int = 8  # the group: its mean is the baseline of every completion in it
-MICRO_BATCH: int = 16  # completions per forward and GPU; halve it if out of memory, the step stays the same
+MICRO_BATCH: int = 0  # completions per forward and GPU, 0: as many as fit; the step stays the same
 GRADIENT_CHECKPOINTING: bool = True  # False: a fifth less arithmetic, 1.6 MiB more per token of a micro batch
 BF16: bool = True  # autocast where the device has units for it; weights are float32 in any case. False: all float32
 LEARNING_RATE: float = 1e-6  # peak; the tutorial's 5e-6 went wrong at about step 200
@@ -85,7 +85,8 @@ EVAL_EVERY: int = 25  # steps between two looks at the development questions; a 
 # The last so many questions of the train split are not trained on. The curves and the best checkpoint look at them, the
 # test split is asked before and after only. 200 give a standard error of 3.5 points.
 DEV_QUESTIONS: int = 200
-EVAL_BATCH: int = 128  # questions answered at a time, greedily
+TEST_QUESTIONS: int = -1  # asked before and after, -1: the whole test split. On a CPU that takes half an hour each time
+EVAL_BATCH: int = 0  # questions answered at a time, greedily; 0: as many as fit
 PROBE_QUESTION: str = "5分钟多少秒"  # the question that the tutorial's model got wrong
 REPORT_TO: str = "none"  # a tracker besides TensorBoard: "wandb", "swanlab", "trackio", "mlflow" ...
 
@@ -171,20 +172,25 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     from engine import checkpoints
     from engine.curves import read_history
     from engine.lora import lora_config
+    from engine.memory import fit_batches
     from engine.models import check_positions, drop_long, load_model
     from engine.monitor import Monitor
     from engine.preference import load_preference
-    from engine.questions import load_splits
+    from engine.questions import first_of, load_splits
     from engine.rollout import Rollout
     from engine.trainer import LeanGRPOTrainer
 
     state, autocast = runs.start_processes(flags, recipe.BF16)
+    rows = recipe.QUESTIONS_PER_STEP * recipe.COMPLETIONS_PER_QUESTION // state.num_processes
+    tokens = recipe.MAX_PROMPT_TOKENS + recipe.MAX_COMPLETION_TOKENS
+    fit_batches(recipe, state.device, autocast is not None, tokens, rows, flags.resume)
     step = ("QUESTIONS_PER_STEP", "COMPLETIONS_PER_QUESTION")
     accumulation = runs.accumulation_steps(recipe, step, state.num_processes)
     checkpoint = runs.open_output(flags, recipe, state)
 
     # ---- data, model, trainer
     train, dev, test = load_splits(recipe.DATASET, recipe.DEV_QUESTIONS, unlabelled=recipe.REWARD_MODEL != "")
+    test = first_of(test, recipe.TEST_QUESTIONS)
     runs.record_inputs(recipe, checkpoint, TRAIN=train, DEV=dev, TEST=test)
     model, tokenizer = load_model(recipe.MODEL, prompt=runs.prompt_turns(recipe))
     checkpoints.limit_answers(model, recipe.MAX_COMPLETION_TOKENS)

@@ -39,7 +39,7 @@ MAX_TOKENS: int = 1024  # of a row, its prompt included; longer ones are dropped
 
 # One optimizer step
 ROWS_PER_STEP: int = 16  # a few hundred traces still make some dozens of steps
-MICRO_BATCH: int = 8  # rows per forward and GPU; halve it if out of memory, the step stays the same
+MICRO_BATCH: int = 0  # rows per forward and GPU, 0: as many as fit; the step stays the same
 LEARNING_RATE: float = 1e-5  # peak; gentle, for an instruct model on traces of its own. More makes it forget
 FINAL_RATE: float = 0.1  # of the peak, 0 to 1, where the cosine ends
 WARMUP_STEPS: float = 0  # over which the rate rises from 0, below 1 a share of all; so small a rate needs none
@@ -54,7 +54,7 @@ LORA_LEARNING_RATE: float = 1e-4  # an adapter wants about ten times the rate of
 SHARED = (
     "MODEL DATASET SEED MAX_COMPLETION_TOKENS BF16 GRADIENT_CHECKPOINTING ADAM_BETAS WEIGHT_DECAY MAX_GRAD_NORM "
     "SYSTEM_PROMPT EXAMPLE LORA_RANK LORA_ALPHA LORA_DROPOUT LORA_MODULES SAVE_EVERY SAVE_LIMIT EVAL_EVERY EVAL_BATCH "
-    "DEV_QUESTIONS PROBE_QUESTION FAST_ROLLOUT REPORT_TO"
+    "DEV_QUESTIONS TEST_QUESTIONS PROBE_QUESTION FAST_ROLLOUT REPORT_TO"
 ).split()
 
 
@@ -113,23 +113,27 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     from engine import checkpoints
     from engine.curves import read_history
     from engine.lora import lora_config
+    from engine.memory import fit_batches
     from engine.models import check_positions, load_model
     from engine.monitor import SftMonitor
-    from engine.questions import load_splits
+    from engine.questions import first_of, load_splits
     from engine.rollout import Rollout
     from engine.trainer import LeanSFTTrainer
 
     state, autocast = runs.start_processes(flags, recipe.BF16)
+    rows = recipe.ROWS_PER_STEP // state.num_processes
+    fit_batches(recipe, state.device, autocast is not None, recipe.MAX_TOKENS, rows, flags.resume)
     accumulation = runs.accumulation_steps(recipe, ("ROWS_PER_STEP",), state.num_processes)
     checkpoint = runs.open_output(flags, recipe, state)
 
     # ---- data, model, trainer
     _, dev, test = load_splits(recipe.DATASET, recipe.DEV_QUESTIONS)
+    held_out = {prompt[-1]["content"] for rows in (dev, test) for prompt in rows["prompt"]}
+    test = first_of(test, recipe.TEST_QUESTIONS)
     runs.record_inputs(recipe, checkpoint, DEV=dev, TEST=test)
     model, tokenizer = load_model(recipe.MODEL, prompt=runs.prompt_turns(recipe))
     checkpoints.limit_answers(model, recipe.MAX_COMPLETION_TOKENS)
     check_positions(model, f"MODEL {recipe.MODEL!r}", MAX_TOKENS=recipe.MAX_TOKENS)
-    held_out = {prompt[-1]["content"] for rows in (dev, test) for prompt in rows["prompt"]}
     traces = keep_usable(traces, "--traces", tokenizer, held_out, recipe)
     if mix:
         mix = keep_usable(mix, "--mix", tokenizer, held_out, recipe)

@@ -163,6 +163,15 @@ def summarize_samples(drawn: list[list[dict]]) -> dict:
     }
 
 
+def sign_test(won: int, lost: int) -> float:
+    """How often chance alone would part two equal models as far, by the questions that only one of them has right.
+
+    Two-sided; 1.0 where none is.
+    """
+    tail = sum(math.comb(won + lost, count) for count in range(min(won, lost) + 1)) / 2 ** (won + lost)
+    return min(2 * tail, 1.0)
+
+
 def describe(figures: dict) -> str:
     """One line for a person."""
     low, high = figures["strict_ci95"]

@@ -409,10 +409,9 @@ class StopSignals(TrainerCallback):
             write_json(output / "results.json", results | {"finished": False})
             words = [word for word in sys.argv if word != "--resume"]
             launcher = "python" if os.environ.get("WORLD_SIZE", "1") == "1" else "(the same launcher)"
+            command = os.environ.get("GO_ON_WITH") or f"{launcher} {shlex.join(words)} --resume"  # train_r1.py sets it
             saved = list_checkpoints(output)
-            how = (
-                f"continue {saved[-1].name} with\n    {launcher} {shlex.join(words)} --resume" if saved else "not saved"
-            )
+            how = f"continue {saved[-1].name} with\n    {command}" if saved else "not saved"
             print(f"stopped by {signal.Signals(self.signal).name}; {how}", flush=True)
         end_together(self.trainer)
         sys.exit(128 + self.signal)

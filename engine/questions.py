@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -237,3 +238,23 @@ def load_splits(dataset: str, dev: int, unlabelled: bool = False) -> tuple[Datas
             f"{len(dev_set)} development questions, a fifth of them; give it more, or pass another --dataset"
         )
     return train.select(kept), dev_set, test
+
+
+def first_of(questions: Dataset, count: int) -> Dataset:
+    """The first `count` of them, or all of them where `count` is -1."""
+    return questions if count == -1 else questions.select(range(min(count, len(questions))))
+
+
+def slice_of(text: str | None) -> slice:
+    """What `--questions FROM:TO` selects, where each end may be left out; all where the flag was not given.
+
+    Raises:
+        UserError: the text is no such range, or there is nothing in it.
+    """
+    if text is None:
+        return slice(None)
+    found = re.fullmatch(r"([0-9]{0,9}):([0-9]{0,9})", text)
+    first, end = (int(part) if part else None for part in found.groups()) if found else (0, 0)
+    if not found or end is not None and end <= (first or 0):
+        raise UserError(f"--questions {text!r} is no FROM:TO such as 0:400, :400 or 400:; the first question is 0")
+    return slice(first, end)

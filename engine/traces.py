@@ -183,7 +183,7 @@ def read_log(path: Path, asked: list[tuple[str, int]], recipe: SimpleNamespace) 
     if len(rows) > len(asked):
         raise UserError(
             f"{str(path)!r} holds {len(rows)} questions, more than the {len(asked)} asked now, and none is dropped; "
-            f"pass --limit {len(rows)} or more, or name another --output"
+            f"let --questions end {len(rows) - len(asked)} later, or name another --output"
         )
     return rows
 

@@ -376,7 +376,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--flat", nargs="+", type=float, default=[0, 0.4, 0.7], help="shares of groups without spread")
     parser.add_argument("--questions", type=int, default=10, help=f"of a step, {GROUP} completions each")
     parser.add_argument("--tokens", type=int, help="of a completion at most (default: 512; random weights 200 or 48)")
-    parser.add_argument("--micro-batch", type=int, default=train_grpo.MICRO_BATCH, help="completions a forward pass")
+    parser.add_argument("--micro-batch", type=int, default=16, help="completions a forward pass")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="of activations")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="where there are units")
     parser.add_argument("--rounds", type=int, default=3, help="how often the variants take turns")

@@ -11,7 +11,6 @@ the sign test. Stopped at any time, the same command goes on.
 
 import argparse
 import json
-import math
 import random
 import sys
 from pathlib import Path
@@ -22,6 +21,7 @@ from train_with import read_constants
 
 import evaluate
 import train_grpo
+from engine.accuracy import sign_test
 from engine.checkpoints import read_results, write_text
 from engine.console import UserError, run
 from engine.questions import load_questions, load_splits, pairs_of, to_row
@@ -103,8 +103,7 @@ def compare(before: Path, after: Path) -> str:
         marks.append([json.loads(line)["strict"] for line in lines if line])
     pairs = list(zip(*marks, strict=True))
     won, lost = pairs.count((False, True)), pairs.count((True, False))
-    tail = sum(math.comb(won + lost, count) for count in range(min(won, lost) + 1)) / 2 ** (won + lost)
-    return f"{won}, {lost} (p = {min(2 * tail, 1):.2g})"
+    return f"{won}, {lost} (p = {sign_test(won, lost):.2g})"
 
 
 def row(name: str, measured: dict[str, dict], changed: str = "", results: dict | None = None) -> str:

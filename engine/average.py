@@ -1,19 +1,20 @@
 """The mean of the weights of several trainings that began from one model, such as the same GRPO under several seeds.
 
-    python studies/average_models.py output/grpo-7 output/grpo-8 --output output/mean
+    python -m engine.average output/grpo-7 output/grpo-8 --output output/mean
 
-One model, no slower than each ("model soups", arXiv 2203.05482; of GRPO's kind of training: WARP, arXiv 2406.16768).
-What it did on a real model stands in docs/results.md. Its chat template carries the first one's prompt.
+The mean is one model, no slower than each of them ("model soups", arXiv 2203.05482; of models trained by RL: WARP,
+arXiv 2406.16768). docs/results.md says what it did to a real model. What lies beside the first model's weights, such as
+its prompt, recipe and Modelfile, belongs to the mean too.
 """
 
 import argparse
-import sys
+import os
+import shutil
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from engine.console import UserError, refuse_missing_folder, run
 from engine.models import load_model
 
@@ -50,8 +51,20 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--output {flags.output!r} is in use; name a new folder")
     for name in flags.models:
         refuse_missing_folder(name, "the model")
+    unfinished = output.with_name(f".tmp-{output.name}")  # renamed in the end: a kill leaves no half of a model
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
     for part in mean_model(flags.models):
-        part.save_pretrained(output)
+        part.save_pretrained(unfinished)
+    for name in ("recipe", "Modelfile"):
+        first = Path(flags.models[0], name)
+        if first.is_dir():
+            shutil.copytree(first, unfinished / name)
+        elif first.is_file():
+            shutil.copy(first, unfinished)
+    if output.exists():
+        output.rmdir()
+    os.replace(unfinished, output)
     print(f"written    {output}: the mean of {len(flags.models)} models")
 
 
