@@ -17,7 +17,8 @@ from engine.accuracy import describe, describe_samples, evaluate, evaluate_sampl
 from engine.console import UserError, run
 from engine.constants import make_recipe
 from engine.folder import check_writable, write_text
-from engine.questions import load_questions, load_splits, pairs_of, slice_of
+from engine.numbers import extract_answer
+from engine.questions import load_questions, load_splits, pairs_of, slice_of, to_prompt
 from engine.templates import trained_recipe
 
 if TYPE_CHECKING:  # imported where it is used: `--help` and the one-line errors need no seconds to start
@@ -68,10 +69,14 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     asked = (sampler, tokenizer, questions, tokens, at_once)
 
     figures, rows = evaluate(*asked, title="evaluating")
+    probe = {"prompt": [to_prompt(recipe.PROBE_QUESTION)], "answer": [None]}
+    _, [told] = evaluate(sampler, tokenizer, probe, tokens, at_once)
+    figures["probe"] = {"question": recipe.PROBE_QUESTION, "answer": told["completion"]}
     folder.mkdir(parents=True, exist_ok=True)
     print(f"model      {flags.model}")
     print(f"data       {recipe.DATASET}, {flags.split} questions")
     print(f"accuracy   {describe(figures)}", flush=True)
+    print(f"probe      {recipe.PROBE_QUESTION}: {extract_answer(told['completion']) or 'no answer'}", flush=True)
     write(folder, figures, rows)  # sampling takes several times as long: what is known by then is kept
     if flags.against:
         pairs = [(row["strict"], other["strict"]) for row, other in zip(rows, others, strict=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from engine.folder import write_text
+from engine.numbers import extract_answer
 from engine.stages import Stages, read_json
 
 
@@ -30,15 +31,18 @@ def write_report(stages: Stages) -> str:
             cells = [percent(figures, "strict"), *shares, f"{figures['mean_tokens']:.0f}"]
         row = [name, stage.what, *cells, f"{minutes / 60:.1f}" if minutes else "not needed"]
         lines.append(f"| {' | '.join(row)} |")
+    greedy = read_json(stages.folder("test") / "before" / "eval.json")
     head = ["model", "strict (95 %)", "flexible", "format", "tokens", "cut off", "pass@1 (95 %)", "pass@k (95 %)"]
-    lines += ["", "Test questions:", "", f"| {' | '.join(head)} |", "| --- |" + " ---: |" * 7]
+    head.append(greedy["probe"]["question"])
+    lines += ["", f"{greedy['n']} test questions:", "", f"| {' | '.join(head)} |", "| --- |" + " ---: |" * 8]
     for when in ("before", "after"):
         folder = stages.folder("test")
         greedy = read_json(folder / when / "eval.json")
         sampled = read_json(folder / f"{when}-sampled" / "eval.json")
         row = [when, percent(greedy, "strict"), f"{greedy['flexible']:.1%}", f"{greedy['format']:.1%}"]
         row += [f"{greedy['mean_tokens']:.0f}", f"{greedy['truncated']:.1%}"]
-        row += [f"{percent(sampled, 'mean')}", f"k = {sampled['samples']}: {percent(sampled, 'pass')}"]
+        row += [percent(sampled, "mean"), f"k = {sampled['samples']}: {percent(sampled, 'pass')}"]
+        row.append(extract_answer(greedy["probe"]["answer"]) or "no answer")
         lines.append(f"| {' | '.join(row)} |")
     text = "\n".join(lines) + "\n"
     write_text(stages.output / "report.md", text)

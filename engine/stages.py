@@ -22,6 +22,8 @@ from engine.console import UserError, note, run
 from engine.folder import write_text
 from engine.questions import to_row
 
+CONTEXT = multiprocessing.get_context("spawn")  # a new Python each time: it reads its environment, and frees a GPU
+
 
 class Command(NamedTuple):
     """A call of one of the scripts: `main(argv, **constants)`."""
@@ -86,7 +88,8 @@ class Stages:
 
     def take_questions(self, name: str, count: int) -> str:
         """The next `count` unused questions of the shuffled order as FROM:TO, the same ones whenever it is asked."""
-        if name not in self.questions or self.questions[name][1] - self.questions[name][0] != count:
+        known = self.questions.get(name, [0, 0])
+        if name not in self.done and known[1] - known[0] != count:
             first = max((end for other, (_, end) in self.questions.items() if other != name), default=0)
             self.questions[name] = [first, first + count]
             self._save()
@@ -157,8 +160,7 @@ def run_side_by_side(lanes: tuple[list[Command], ...], workers: list[dict[str, s
             waiting[worker].pop(0)
         if waiting[worker] and not signals:
             command = waiting[worker].pop(0)
-            context = multiprocessing.get_context("spawn")
-            running[worker] = context.Process(target=call, args=(command, workers[worker], consoles[worker]))
+            running[worker] = CONTEXT.Process(target=call, args=(command, workers[worker], consoles[worker]))
             running[worker].start()
 
     def receive(number: int, frame) -> None:
@@ -296,8 +298,12 @@ def write_data(folder: Path, train: list[tuple], dev: list[tuple], test: list[tu
     folder.mkdir(parents=True, exist_ok=True)
     shuffled = random.Random(seed).sample(train, len(train))
     for split, pairs in (("train", shuffled), ("validation", dev), ("test", test)):
-        lines = (json.dumps(to_row(*pair), ensure_ascii=False) + "\n" for pair in pairs)
-        write_text(folder / f"{split}.jsonl", "".join(lines))
+        write_rows(folder / f"{split}.jsonl", pairs)
+
+
+def write_rows(file: Path, pairs: list[tuple]) -> None:
+    """Questions with their labels, in the columns of a data set."""
+    write_text(file, "".join(json.dumps(to_row(*pair), ensure_ascii=False) + "\n" for pair in pairs))
 
 
 def read_json(path: Path) -> dict:

@@ -123,10 +123,11 @@ def test_samples_are_drawn_for_each_question():
 def test_evaluate_script(demo_base, tmp_path):
     """The command writes both files, limits itself, takes another folder and prints the interval."""
     done = run_script(
-        "evaluate.py", demo_base / "model", "--dataset", demo_base / "data", "--limit", 6, "--output", tmp_path
+        "evaluate.py", demo_base / "model", "--dataset", demo_base / "data", "--questions", ":6", "--output", tmp_path
     )
     figures = json.loads((tmp_path / "eval.json").read_text())
-    assert list(figures) == ["n", "strict", "flexible", "format", "mean_tokens", "truncated", "strict_ci95"]
+    assert list(figures) == ["n", "strict", "flexible", "format", "mean_tokens", "truncated", "strict_ci95", "probe"]
+    assert figures["probe"]["question"] == "5分钟多少秒" and "probe      5分钟多少秒: " in done.stdout
     assert figures["n"] == 6 and "95 % interval" in done.stdout
     rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text(encoding="utf-8").splitlines()]
     names = ["question", "completion", "label", "strict", "flexible", "format", "tokens", "truncated"]
@@ -140,7 +141,7 @@ def test_greedy_figures_outlive_the_sampling(demo_base, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("evaluate.evaluate_samples", stopped)
-    flags = ["--dataset", demo_base / "data", "--limit", 3, "--samples", 2, "--output", tmp_path, "--cpu"]
+    flags = ["--dataset", demo_base / "data", "--questions", ":3", "--samples", 2, "--output", tmp_path, "--cpu"]
     with pytest.raises(KeyboardInterrupt):
         evaluate_script.main([str(flag) for flag in [demo_base / "model", *flags]])
     assert json.loads((tmp_path / "eval.json").read_text())["n"] == 3
@@ -151,7 +152,7 @@ def test_evaluate_script_samples(demo_base, tmp_path, capsys):
     """--samples draws besides the greedy answers: the same of those, the new figures, every answer; and repeats."""
 
     def run(*flags: object) -> str:
-        where = ["--dataset", demo_base / "data", "--limit", 6, "--output", tmp_path]
+        where = ["--dataset", demo_base / "data", "--questions", ":6", "--output", tmp_path]
         run_main(evaluate_script.main, demo_base / "model", *where, *flags)
         return capsys.readouterr().out
 
@@ -248,7 +249,7 @@ def test_asked_as_in_training(trained, demo_base, run_chat, monkeypatch):
     monkeypatch.setattr(accuracy, "encode", record)
     monkeypatch.setattr(chat, "encode", record)
     said = run_chat(trained, "--cpu", stdin="5分钟多少秒\nexit\n")
-    evaluate_script.main([str(trained), "--dataset", str(demo_base / "data"), "--limit", "2", "--cpu"])
+    evaluate_script.main([str(trained), "--dataset", str(demo_base / "data"), "--questions", ":2", "--cpu"])
     assert len(asked) == 3 and "note" not in said
     for question, text in asked:
         turns = conversation_about(question, "按格式", WORKED_EXAMPLE)
@@ -301,7 +302,7 @@ def test_development_questions(demo_base, tmp_path, monkeypatch, capsys):
 def test_full_disk(demo_base, tmp_path, capsys):
     """Where the figures find no room the user reads one line that says so."""
     (tmp_path / ".tmp-eval.json").symlink_to("/dev/full")  # what is written first, and renamed
-    flags = [demo_base / "model", "--dataset", demo_base / "data", "--limit", 2, "--output", tmp_path, "--cpu"]
+    flags = [demo_base / "model", "--dataset", demo_base / "data", "--questions", ":2", "--output", tmp_path, "--cpu"]
     with pytest.raises(SystemExit) as left:
         console.run(lambda: run_main(evaluate_script.main, *flags))
     said = capsys.readouterr().err.replace("\r", "\n")  # the progress bar's

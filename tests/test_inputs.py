@@ -96,9 +96,9 @@ def test_samples_belong_to_weights(tmp_path, monkeypatch):
     boxer = Boxer()
     monkeypatch.setattr(make_traces, "load_sampler", lambda *_: (boxer, Letters()))
     flags = ["--free", "--cpu", "--model", model, "--dataset", data, "--output", str(tmp_path / "out")]
-    make_traces.main([*flags, "--limit", "1"])
+    make_traces.main([*flags, "--questions", ":1"])
     os.utime(Path(model, "model.safetensors"), (0, 0))
-    make_traces.main([*flags, "--limit", "2"])
+    make_traces.main([*flags, "--questions", ":2"])
     sampled = log.read_bytes()
 
     save_weights(tmp_path / "model", b"new")
@@ -107,7 +107,7 @@ def test_samples_belong_to_weights(tmp_path, monkeypatch):
             make_traces.main(flags)
     assert log.read_bytes() == sampled
     Path(model, "model.safetensors").rename(tmp_path / "away")  # judging anew needs no model, and forgets no weights
-    make_traces.main([*flags, "--limit", "2"])
+    make_traces.main([*flags, "--questions", ":2"])
     save_weights(tmp_path / "model", b"new")
     with pytest.raises(UserError, match="drawn with weights"):
         make_traces.main(flags)

@@ -207,7 +207,7 @@ def test_the_length_of_answers_is_saved(name, runs, run_chat, tmp_path):
     folder = runs[0].parent / name
     saved = json.loads((folder / "generation_config.json").read_text())
     assert saved["max_new_tokens"] == TOKENS and saved["do_sample"] is False
-    evaluate.main([str(folder), "--cpu", "--limit", "2", "--output", str(tmp_path)])
+    evaluate.main([str(folder), "--cpu", "--questions", ":2", "--output", str(tmp_path)])
     rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["tokens"] for row in rows] == [TOKENS] * 2 and all(row["truncated"] for row in rows)
     said = run_chat(folder, "--cpu", stdin=f"{rows[0]['question']}\n")
@@ -262,7 +262,7 @@ def test_a_folder_of_the_old_code(example, bare, demo_base, run_chat, tmp_path, 
         _, recipe = train_grpo.configure(["--cpu", "--model", str(folder), "--dataset", str(bare)], {})
         assert [{"role": "system", "content": recipe.SYSTEM_PROMPT}, *recipe.EXAMPLE] == turns
 
-        flags = ["--cpu", "--limit", "2", "--output", str(tmp_path), "--dataset", str(demo_base / "data")]
+        flags = ["--cpu", "--questions", ":2", "--output", str(tmp_path), "--dataset", str(demo_base / "data")]
         evaluate.main([str(folder), *flags])
         rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text(encoding="utf-8").splitlines()]
         assert [row["tokens"] for row in rows] == [3, 3]

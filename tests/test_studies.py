@@ -1,13 +1,11 @@
 """The studies, which are run by hand and for hours, work in their shortest form."""
 
-import copy
 import json
 import logging
 import re
 import shutil
 import sys
 
-import average_models
 import bench_speed
 import check_gpu
 import check_rollout
@@ -17,15 +15,12 @@ import pytest
 import soak_faults
 import study_demo
 import study_rewards
-import torch
 import train_with
 
 import train_grpo
 from engine import demo
 from engine.console import UserError
-from engine.models import load_model
 from engine.questions import load_questions, load_splits, to_row
-from engine.templates import carried_prompt, own_template
 
 
 # --------------------------------------------------------------------------------------------------- other constants
@@ -288,37 +283,3 @@ def test_study_demo(tmp_path, monkeypatch, capsys):
     assert "| TRL | 0 | 25.0% -> 100.0% | none -> 300 | 0.50 s | 20 s |" in capsys.readouterr().out
     study_demo.main(["--seeds", "2", "--output", str(tmp_path)])
     assert [seed for _, seed, _ in asked[2:]] == ["1", "1"]
-
-
-def test_average_models(demo_base, tmp_path):
-    """The mean of three is their mean, tied weights too, and answers as the first was asked; nothing is overwritten."""
-    model, tokenizer = load_model(str(demo_base / "model"))
-    for i, factor in enumerate((1, 2, 6)):
-        scaled = copy.deepcopy(model)
-        with torch.no_grad():
-            for weight in scaled.parameters():
-                weight.mul_(factor)
-        for part in (scaled, tokenizer):
-            part.save_pretrained(tmp_path / str(i))
-    # the first is from before templates carried the prompt, and before there was an EXAMPLE
-    (tmp_path / "0" / "recipe").mkdir()
-    (tmp_path / "0" / "recipe" / "recipe.json").write_text('{"SYSTEM_PROMPT": "as the first"}')
-    (tmp_path / "0" / "chat_template.jinja").write_text(own_template(tokenizer.chat_template))
-    names, output = [str(tmp_path / str(i)) for i in range(3)], ["--output", str(tmp_path / "mean")]
-    average_models.main([*names, *output])
-    mean, mean_tokenizer = load_model(str(tmp_path / "mean"))
-    for ours, its in zip(mean.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(ours, its * 3)
-    assert carried_prompt(mean_tokenizer.chat_template) == [{"role": "system", "content": "as the first"}]
-    smaller = type(model)(type(model.config)(**(model.config.to_dict() | {"intermediate_size": 8})))
-    for part in (smaller, tokenizer):
-        part.save_pretrained(tmp_path / "smaller")
-    unused = ["--output", str(tmp_path / "no")]
-    for words, said in (
-        ([*names, *output], "in use"),
-        ([names[0], str(tmp_path / "smaller"), *unused], "another architecture"),
-        ([names[0], *unused], "alone"),
-    ):
-        with pytest.raises(UserError, match=said):
-            average_models.main(words)
-    assert not (tmp_path / "no").exists()

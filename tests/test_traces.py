@@ -150,7 +150,7 @@ def taught(tmp_path_factory) -> Path:
 
 def test_script(taught, capsys):
     """It samples, says what it kept, and resumes after a kill to the same bytes; another seed is refused."""
-    command = ["--demo", "--cpu", "--limit", 24, "--output", taught]
+    command = ["--demo", "--cpu", "--questions", ":24", "--output", taught]
     done = run_script("make_traces.py", *command)
     log, traces = taught / "questions.jsonl", taught / "traces.jsonl"
     assert all(word in done.stdout for word in ("question   24/24", "left 0:00:00", "of the samples", "kept", "wrong"))
@@ -175,7 +175,7 @@ def test_script(taught, capsys):
 
 def test_kill_9(taught, tmp_path):
     """Killed at any moment, it loses the batch in work and nothing else: the same command ends with the same bytes."""
-    flags = ["--demo", "--cpu", "--limit", 30, "--seed", 3, "--output"]
+    flags = ["--demo", "--cpu", "--questions", ":30", "--seed", 3, "--output"]
     constants = {"QUESTIONS_AT_ONCE": 3}
     endings = []
     for name, kills in (("whole", 0), ("killed", 3)):
@@ -236,7 +236,7 @@ def test_loaded_in_bf16_as_if_cast(kind, taught, tmp_path, monkeypatch):
 
 def test_nothing_kept(demo_output):
     """A model that is never right ends in one line with the pass rate and the reasons; no trace file is left."""
-    done = run_script("make_traces.py", "--demo", "--cpu", "--limit", 4, "--output", demo_output, expect=2)
+    done = run_script("make_traces.py", "--demo", "--cpu", "--questions", ":4", "--output", demo_output, expect=2)
     line = error_line(done)
     assert "none of 32 samples" in line and "0.0% right" in line and "wrong" in line and "--example" in line
     assert not (demo_output / "traces.jsonl").exists() and (demo_output / "questions.jsonl").exists()
@@ -245,9 +245,10 @@ def test_nothing_kept(demo_output):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--limit", "0"], "--limit 0"),
-        (["--skip", "0"], "--skip 0"),
-        (["--skip", "99999", "--output", "{output}"], "--skip 99999: .* has only"),
+        (["--questions", ":0"], "--questions ':0'.*FROM:TO"),
+        (["--questions", "5"], "--questions '5'.*FROM:TO"),
+        (["--questions", "8:8"], "--questions '8:8'.*FROM:TO"),
+        (["--questions", "99999:", "--output", "{output}"], "--questions 99999:.*has only"),
         (["--free", "--demo"], "leave out --free"),
         (["--model", "./nowhere", "--output", "{output}"], "'./nowhere'"),
         (["--output", __file__], "is a file"),
@@ -318,20 +319,20 @@ def test_free(tmp_path, monkeypatch, capsys):
         make_traces.main(arguments)
 
 
-def test_skip_and_limit(tmp_path, monkeypatch):
-    """Questions that were learned are left out, as many asked as --limit says; a higher one goes on, none drops any."""
+def test_questions_from_to(tmp_path, monkeypatch):
+    """Only the questions of --questions are asked; a later end goes on, and an earlier one drops nothing."""
     boxer, data = Boxer(), write_data(tmp_path / "data", *range(5))
     monkeypatch.setattr(make_traces, "load_sampler", lambda *_: (boxer, Letters()))
     flags = ["--free", "--dataset", data, "--output", str(tmp_path / "out"), "--cpu"]
     for limit, asked in ((2, "23"), (3, "234")):
-        make_traces.main([*flags, "--skip", "2", "--limit", str(limit)], QUESTIONS_AT_ONCE=2)
+        make_traces.main([*flags, "--questions", f"2:{2 + limit}"], QUESTIONS_AT_ONCE=2)
         lines = (tmp_path / "out/questions.jsonl").read_text(encoding="utf-8").splitlines()
         assert [json.loads(line)["question"] for line in lines] == [f"{QUESTION}{i}" for i in asked]
     assert boxer.drawn == 3 * make_traces.SAMPLES
-    with pytest.raises(UserError, match="holds 3 questions, more than the 2 asked now.*--limit 3 or more"):
-        make_traces.main([*flags, "--skip", "2", "--limit", "2"])
+    with pytest.raises(UserError, match="holds 3 questions, more than the 2 asked now.*end 1 later"):
+        make_traces.main([*flags, "--questions", "2:4"])
     with pytest.raises(UserError, match="skip 2, and now it is None"):
-        make_traces.main([*flags, "--limit", "3"])
+        make_traces.main([*flags, "--questions", ":3"])
 
 
 def test_a_trained_model_is_asked_as_it_was_trained(tmp_path, monkeypatch, capsys):
