@@ -41,7 +41,7 @@ from prompts import WORKED_EXAMPLE
 if TYPE_CHECKING:  # imported where they are used: the one-line errors need no seconds to start
     from transformers import PreTrainedTokenizerBase
 
-    from engine.rollout import PlainSampler, Sampler
+    from engine.rollout import Sampler
 
 # ---------------------------------------------------------------------------------------------------- the sampling
 OUTPUT_DIR: str = "output/traces"  # --output
@@ -98,9 +98,7 @@ def configure(argv: list[str] | None, constants: dict[str, Any]) -> tuple[argpar
 
 
 # --------------------------------------------------------------------------------------------------------- the model
-def load_sampler(
-    recipe: SimpleNamespace, flags: argparse.Namespace
-) -> tuple["Sampler | PlainSampler", "PreTrainedTokenizerBase"]:
+def load_sampler(recipe: SimpleNamespace, flags: argparse.Namespace) -> tuple["Sampler", "PreTrainedTokenizerBase"]:
     """The model, its weights in bf16 where training autocasts: a 7B one in float32 fits neither 24 GB nor the host."""
     from engine.models import load_model, pick_device
     from engine.rollout import make_sampler
@@ -119,7 +117,7 @@ def ask(question: str, recipe: SimpleNamespace, flags: argparse.Namespace) -> li
 
 
 def sample(
-    sampler: "Sampler | PlainSampler",
+    sampler: "Sampler",
     tokenizer: "PreTrainedTokenizerBase",
     prompts: list[list[dict]],
     recipe: SimpleNamespace,

@@ -510,7 +510,7 @@ class Monitor(RunMonitor):
         )
 
     def speed(self) -> dict:
-        tokens, seconds = self.rollout.tokens, self.rollout.seconds  # of vLLM's nothing is known
+        tokens, seconds = self.rollout.tokens, self.rollout.seconds
         return {"generated_tokens_per_second": round(tokens / max(seconds, 1e-9))}
 
     def show_more(self, step: int) -> None:

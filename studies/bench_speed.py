@@ -396,7 +396,7 @@ def main(argv: list[str] | None = None) -> None:
         variants["against"] = load_checkout(flags.against)
     recipe = train_grpo.default_recipe() | {"QUESTIONS_PER_STEP": flags.questions, "BF16": flags.bf16}
     recipe |= {"MICRO_BATCH": min(flags.micro_batch, flags.questions * GROUP), "MAX_COMPLETION_TOKENS": flags.tokens}
-    recipe |= {"GRADIENT_CHECKPOINTING": flags.checkpointing, "USE_VLLM": False}
+    recipe |= {"GRADIENT_CHECKPOINTING": flags.checkpointing}
 
     device, autocast = pick_device(cpu=False, bf16=flags.bf16)
     machine = torch.cuda.get_device_name() if CUDA else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

@@ -32,7 +32,7 @@ from transformers import (
 from trl import GRPOConfig, GRPOTrainer
 
 from engine import rollout
-from engine.rollout import CHECK_EVERY, PlainSampler, Rollout, Sampler, VllmSampler, make_sampler, why_not
+from engine.rollout import CHECK_EVERY, PlainSampler, Rollout, Sampler, make_sampler, why_not
 
 VOCABULARY, PAD, EOS = 32, 0, 1
 MIXED = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16, 17], [5, 6, 7], [20, 21, 22, 23, 24], [30, 2]]
@@ -314,12 +314,11 @@ def test_lora_as_peft_has_it_at_the_moment(path):
     check()
     model.get_base_model().model.layers[0].self_attn.q_proj.scaling["other"] *= 3
     check()
+    with model.disable_adapter():
+        check()
     lora.merge_adapter()
     check()
-    with model.disable_adapter():
-        check()  # which unmerges, as the forward does
-    check()
-    assert seen[3] == seen[4] == seen[6] and len({str(made) for made in seen}) == 5
+    assert seen[3] == seen[5] and len({str(made) for made in seen}) == 5
 
 
 @pytest.mark.parametrize("size", [1e-5, 1e-4, 1e-3])
@@ -445,7 +444,7 @@ def test_failing_capture_falls_back(monkeypatch, capsys):
     assert cuda.now == "default" and not sampler.use_graph
     assert sampler.generate(MIXED[::-1], 20) == reference(model, MIXED[::-1], 20)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 and "no CUDA graph" in lines[0] and "not permitted" in lines[0]
+    assert len(lines) == 1 and "without a CUDA graph" in lines[0] and "not permitted" in lines[0]
 
 
 def test_capture_out_of_memory(monkeypatch):
@@ -516,48 +515,6 @@ def test_model_moved_after_the_sampler_was_made():
     assert sampler.device.type == "cpu"
 
 
-class FakeVllm(SimpleNamespace):
-    """TRL's vllm_generation: what it is asked, and with which attributes at that moment."""
-
-    def __init__(self):
-        training = {"temperature": 0.9, "top_p": 0.8, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.1}
-        training |= {"max_completion_length": 99, "generation_kwargs": {"seed": 1}}
-        super().__init__(**training)
-        self.calls, self.error, self.training = [], None, training
-
-    def sync_weights(self):
-        self.calls.append("sync")
-
-    def generate(self, prompts, images, num_generations, profiler=None):
-        self.calls.append({name: getattr(self, name) for name in self.training} | {"n": num_generations})
-        if self.error:
-            raise self.error
-        return prompts, [(5, 6, EOS)] * len(prompts), None, None
-
-
-def test_vllm_evaluates_with_its_own_engine():
-    """With TRL's vLLM no second sampler is made: greedy answers of the weights of the moment, settings put back."""
-    engine = FakeVllm()
-    state = SimpleNamespace(global_step=3)
-    trainer = SimpleNamespace(use_vllm=True, vllm_generation=engine, state=state, _last_loaded_step=-1)
-    trainer.model, trainer.processing_class = make_model(), make_tokenizer()
-    trainer.accelerator = SimpleNamespace(unwrap_model=lambda model: model)
-    sampler, heard = Rollout().sampler(trainer), []
-    assert isinstance(sampler, VllmSampler) and sampler.eos == [EOS] and sampler.generate([], 8) == []
-    neutral = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0, "generation_kwargs": {}, "n": 1}
-    for step, temperature in ((3, 0.0), (3, 0.7), (4, 0.0)):
-        state.global_step = step
-        made = sampler.generate(MIXED, 8, temperature, on_finished=heard.append)
-        assert made == [[5, 6, EOS]] * len(MIXED)
-        assert engine.calls[-1] == neutral | {"temperature": temperature, "max_completion_length": 8}
-    assert [call == "sync" for call in engine.calls] == [True, False, False, True, False]
-    assert heard == [len(MIXED)] * 3
-    engine.error = RuntimeError("engine dead")
-    with pytest.raises(RuntimeError, match="engine dead"):
-        sampler.generate(MIXED, 8)
-    assert {name: getattr(engine, name) for name in engine.training} == engine.training
-
-
 @pytest.mark.parametrize(
     "setting, reason",
     [
@@ -595,7 +552,7 @@ def test_why_not_models(capsys):
         assert reason in why_not(model)
         assert isinstance(make_sampler(model, make_tokenizer()), PlainSampler)
     assert len(capsys.readouterr().out.splitlines()) == 5
-    assert isinstance(make_sampler(make_model(), make_tokenizer()), Sampler)
+    assert type(make_sampler(make_model(), make_tokenizer())) is Sampler
     assert make_sampler(sliding, make_tokenizer()).generate(MIXED, 20) == reference(sliding.eval(), MIXED, 20)
 
 
