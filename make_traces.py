@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     open_folder(output, settings)
 
     # ---- the questions, and those that an earlier run has sampled
-    train, _, _ = load_splits(recipe.DATASET, recipe.DEV_QUESTIONS)
+    train, dev, test = load_splits(recipe.DATASET, recipe.DEV_QUESTIONS)
     asked = pairs_of(train)[flags.skip :][: flags.limit]
     if not asked:
         raise UserError(f"--skip {flags.skip}: the data set {recipe.DATASET!r} has only {len(train)} questions there")
@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
             f"dropped: {why}; ask another way (--example, --free), pass a better --model, or loosen a filter"
         )
     write_lines(traces_file, traces)
-    learnable = write_learnable(output / "learnable", rows, recipe.DATASET, recipe)
+    learnable = write_learnable(output / "learnable", rows, pairs_of(dev), pairs_of(test), recipe)
     solved, covered = (sum(bool(row[name]) for row in rows) for name in ("right", "kept"))
     lengths = sorted(len(trace["completion"][0]["content"]) for trace in traces)
     print(f"model      {recipe.MODEL}")

@@ -369,19 +369,15 @@ def test_a_trained_model_is_asked_as_it_was_trained(tmp_path, monkeypatch, capsy
 
 def test_learnable(tmp_path):
     """Questions that are right now and then become a data set for train_grpo.py; the test split stays as it is."""
-    data, folder = tmp_path / "data", tmp_path / "learnable"
-    data.mkdir()
-    lines = [json.dumps({QUESTION_COLUMN: f"{QUESTION}{i}", ANSWER_COLUMN: i}) + "\n" for i in range(16)]
-    (data / "train.jsonl").write_text("".join(lines[:12]))
-    rows = [{"question": f"{QUESTION}{i}", "label": i, "right": i} for i in range(10)]
-    assert "no split 'test'" in write_learnable(folder, rows, str(data), RECIPE) and not folder.exists()
-    (data / "test.jsonl").write_text("".join(lines[12:]))
-    said = write_learnable(folder, rows, str(data), RECIPE)
+    folder = tmp_path / "learnable"
+    pairs = [(f"{QUESTION}{i}", i) for i in range(16)]
+    rows = [{"question": question, "label": label, "right": label} for question, label in pairs[:10]]
+    said = write_learnable(folder, rows, pairs[10:12], pairs[12:], RECIPE)
     assert said == f"{folder}: 6 questions right 2 to 7 times of 8"
     for split, labels in (("train", range(2, 8)), ("validation", range(10, 12)), ("test", range(12, 16))):
         assert pairs_of(load_questions(str(folder), split)) == [(f"{QUESTION}{i}", i) for i in labels]
     none = SimpleNamespace(**vars(RECIPE) | {"MIN_RIGHT": 8})  # nothing of before is left for train_grpo.py to find
-    assert "none" in write_learnable(folder, rows, str(data), none) and not (folder / "train.jsonl").exists()
+    assert "none" in write_learnable(folder, rows, [], [], none) and not (folder / "train.jsonl").exists()
 
 
 @pytest.mark.parametrize("line", ["nonsense", "5", "{}", '{"question": 1, "label": 2, "samples": 3}', "\0"])
