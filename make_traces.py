@@ -34,7 +34,7 @@ from engine.constants import check_constants, constants_of
 from engine.fingerprints import fingerprint_weights
 from engine.folder import lock
 from engine.questions import load_splits, pairs_of, to_prompt
-from engine.templates import encode, trained_recipe
+from engine.templates import carried_prompt, carry_prompt, encode, prompt_turns, trained_recipe
 from engine.traces import append_lines, judge, open_folder, read_log, write_learnable, write_lines
 from prompts import WORKED_EXAMPLE
 
@@ -104,16 +104,17 @@ def load_sampler(recipe: SimpleNamespace, flags: argparse.Namespace) -> tuple["S
     from engine.rollout import make_sampler
 
     device, dtype = pick_device(flags.cpu, recipe.BF16)
-    model, tokenizer = load_model(recipe.MODEL, dtype, prompt=runs.prompt_turns(recipe), free=flags.free)
+    turns = prompt_turns(recipe.SYSTEM_PROMPT, recipe.EXAMPLE)
+    model, tokenizer = load_model(recipe.MODEL, dtype, prompt=turns, free=flags.free)
+    if flags.example:
+        system = carried_prompt(tokenizer.chat_template)[0]
+        tokenizer.chat_template = carry_prompt(tokenizer.chat_template, [system, *WORKED_EXAMPLE])
     return make_sampler(model.to(device).eval(), tokenizer), tokenizer
 
 
 def ask(question: str, recipe: SimpleNamespace, flags: argparse.Namespace) -> list[dict]:
-    """What the model is asked: behind its own prompt, behind the worked example, or freely."""
-    if flags.free:
-        return to_prompt(f"{question}\n{recipe.FREE_PROMPT}")
-    example = WORKED_EXAMPLE if flags.example else recipe.EXAMPLE
-    return [{"role": "system", "content": recipe.SYSTEM_PROMPT}, *example, *to_prompt(question)]
+    """What the model is asked; its chat template adds the prompt."""
+    return to_prompt(f"{question}\n{recipe.FREE_PROMPT}" if flags.free else question)
 
 
 def sample(
@@ -174,7 +175,11 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     if flags.demo:
         pretraining.prepare_demo(output / "base", recipe.MODEL, recipe.DATASET)
     settings = {"model": recipe.MODEL, "weights": fingerprint_weights(recipe.MODEL), "dataset": recipe.DATASET}
-    settings |= {"skip": flags.skip, "seed": recipe.SEED, "free": flags.free, "prompt": ask("", recipe, flags)}
+    prompt = (
+        [] if flags.free else prompt_turns(recipe.SYSTEM_PROMPT, WORKED_EXAMPLE if flags.example else recipe.EXAMPLE)
+    )
+    settings |= {"skip": flags.skip, "seed": recipe.SEED, "free": flags.free}
+    settings["prompt"] = prompt + ask("", recipe, flags)
     settings |= {"tokens": recipe.MAX_COMPLETION_TOKENS}
     settings |= {name: getattr(recipe, name) for name in ("SAMPLES", "TEMPERATURE")}
     open_folder(output, settings)

@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     from engine import checkpoints
     from engine.curves import read_history
     from engine.lora import lora_config
-    from engine.models import check_positions, drop_long, load_model
+    from engine.models import check_positions, drop_long
     from engine.monitor import Monitor
     from engine.preference import load_preference
     from engine.questions import load_splits
@@ -180,8 +180,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     # ---- data, model, trainer
     train, dev, test = load_splits(recipe.DATASET, recipe.DEV_QUESTIONS, unlabelled=recipe.REWARD_MODEL != "")
     runs.record_inputs(recipe, checkpoint, TRAIN=train, DEV=dev, TEST=test)
-    model, tokenizer = load_model(recipe.MODEL, prompt=runs.prompt_turns(recipe))
-    checkpoints.limit_answers(model, recipe.MAX_COMPLETION_TOKENS)
+    model, tokenizer = runs.load_policy(recipe)
     limits = {name: getattr(recipe, name) for name in ("MAX_PROMPT_TOKENS", "MAX_COMPLETION_TOKENS")}
     check_positions(model, f"MODEL {recipe.MODEL!r}", **limits)
     fitting = drop_long(train, tokenizer, recipe.MAX_PROMPT_TOKENS, recipe.QUESTIONS_PER_STEP)

@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     from engine import checkpoints
     from engine.curves import read_history
     from engine.lora import lora_config
-    from engine.models import check_positions, load_model
+    from engine.models import check_positions
     from engine.monitor import SftMonitor
     from engine.questions import load_splits
     from engine.rollout import Rollout
@@ -126,8 +126,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     # ---- data, model, trainer
     _, dev, test = load_splits(recipe.DATASET, recipe.DEV_QUESTIONS)
     runs.record_inputs(recipe, checkpoint, DEV=dev, TEST=test)
-    model, tokenizer = load_model(recipe.MODEL, prompt=runs.prompt_turns(recipe))
-    checkpoints.limit_answers(model, recipe.MAX_COMPLETION_TOKENS)
+    model, tokenizer = runs.load_policy(recipe)
     check_positions(model, f"MODEL {recipe.MODEL!r}", MAX_TOKENS=recipe.MAX_TOKENS)
     held_out = {prompt[-1]["content"] for rows in (dev, test) for prompt in rows["prompt"]}
     traces = keep_usable(traces, "--traces", tokenizer, held_out, recipe)

@@ -13,7 +13,7 @@ from engine.templates import (
     fit_template,
     keep_tags,
     own_template,
-    prompt_of,
+    prompt_turns,
     todays_prompt,
     trained_recipe,
 )
@@ -72,12 +72,16 @@ def load_model(
 
     model, tokenizer = _load(AutoModelForCausalLM, name, dtype)
     turns = carried_prompt(tokenizer.chat_template or "")
-    if turns is None:  # not trained here: its limit is meant for other prompts
-        turns = prompt_of(name, untrained=prompt or todays_prompt())
-        old = trained_recipe(name)  # or trained before the template carried the prompt
-        model.generation_config.max_new_tokens = old.get("MAX_COMPLETION_TOKENS")
+    if turns is None:
+        old = trained_recipe(name)  # {}, or of a model that was trained before templates carried the prompt
+        turns = prompt or todays_prompt()
+        if "SYSTEM_PROMPT" in old:
+            turns = prompt_turns(old["SYSTEM_PROMPT"], old.get("EXAMPLE", []))
+        model.generation_config.max_new_tokens = old.get("MAX_COMPLETION_TOKENS")  # its own is meant for other prompts
     else:
         tokenizer.chat_template = own_template(tokenizer.chat_template)
+    if prompt not in (None, turns):
+        note(f"{name!r} is asked under the prompt of its training; prompts.py has another one")
     check_tokenizer(model, tokenizer, name, free)
     if not free:
         tokenizer.chat_template = carry_prompt(tokenizer.chat_template, turns)

@@ -13,16 +13,17 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from engine import constants, demo, pretraining
-from engine.console import UserError, note, refuse_missing_folder
+from engine.console import UserError, refuse_missing_folder
 from engine.fingerprints import fingerprint_rows, fingerprint_weights
 from engine.folder import lock
 from engine.questions import pairs_of
-from engine.templates import prompt_of, todays_prompt
+from engine.templates import carried_prompt, prompt_turns
 
 if TYPE_CHECKING:  # imported where they are used: `--help` and the one-line errors need no seconds to start
     import torch
     from accelerate import PartialState
     from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from engine.monitor import RunMonitor
 
@@ -59,8 +60,6 @@ def make_recipe(
 ) -> SimpleNamespace:
     """The constants of this run: the script's, the demo's where it is the demo, those given to `main`, the flags.
 
-    A model that carries a prompt is asked under that one, whatever prompts.py says.
-
     Raises:
         UserError: `given` names a constant that there is not.
     """
@@ -72,19 +71,7 @@ def make_recipe(
         model, dataset = demo.folders(Path(output, "base"))
         changes = {"MODEL": model, "DATASET": dataset} | demo_changes
         changes = {name: value for name, value in changes.items() if name in defaults}
-    recipe = constants.make_recipe(defaults, changes, given, by_flag)
-    # the demo makes its model under today's prompt, and makes it anew where the one that lies there has another
-    own = flags.demo and recipe.MODEL == changes["MODEL"]
-    turns = todays_prompt() if own else prompt_of(recipe.MODEL, untrained=prompt_turns(recipe))
-    if turns != prompt_turns(recipe):
-        note(f"{recipe.MODEL!r} is asked under the prompt of its training; prompts.py has another one")
-        recipe.SYSTEM_PROMPT, recipe.EXAMPLE = turns[0]["content"], turns[1:]
-    return recipe
-
-
-def prompt_turns(recipe: SimpleNamespace) -> list[dict]:
-    """The turns before a question, for a model that carries none."""
-    return [{"role": "system", "content": recipe.SYSTEM_PROMPT}, *recipe.EXAMPLE]
+    return constants.make_recipe(defaults, changes, given, by_flag)
 
 
 def check_folders(recipe: SimpleNamespace, is_demo: bool) -> None:
@@ -218,6 +205,22 @@ def record_inputs(recipe: SimpleNamespace, checkpoint: Path | None, **questions:
         recipe.REWARD_MODEL_READ = fingerprint_weights(recipe.REWARD_MODEL)
     if checkpoint:
         checkpoints.refuse_incompatible(checkpoint.parent, recipe)
+
+
+def load_policy(recipe: SimpleNamespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model to train and its tokenizer. The recipe gets the prompt that the model carries, if it carries one.
+
+    Raises:
+        UserError: as in `models.load_model`.
+    """
+    from engine.checkpoints import limit_answers
+    from engine.models import load_model
+
+    model, tokenizer = load_model(recipe.MODEL, prompt=prompt_turns(recipe.SYSTEM_PROMPT, recipe.EXAMPLE))
+    limit_answers(model, recipe.MAX_COMPLETION_TOKENS)
+    turns = carried_prompt(tokenizer.chat_template)
+    recipe.SYSTEM_PROMPT, recipe.EXAMPLE = turns[0]["content"], turns[1:]
+    return model, tokenizer
 
 
 # What frees memory, the cheapest first. Only the constants that a recipe has are offered.

@@ -56,9 +56,14 @@ _AFTER = " + messages %}{%- endif %}{#- the model's own template #}\n"
 
 
 # -------------------------------------------------------------------------------------------- the prompt it carries
+def prompt_turns(system: str, example: list[dict]) -> list[dict]:
+    """The turns that stand before a question: the system prompt and the example."""
+    return [{"role": "system", "content": system}, *example]
+
+
 def todays_prompt() -> list[dict]:
-    """The turns before a question as prompts.py has them today."""
-    return [{"role": "system", "content": prompts.SYSTEM_PROMPT}, *prompts.EXAMPLE]
+    """Those of prompts.py."""
+    return prompt_turns(prompts.SYSTEM_PROMPT, prompts.EXAMPLE)
 
 
 def carry_prompt(template: str, turns: list[dict]) -> str:
@@ -79,22 +84,6 @@ def carried_prompt(template: str) -> list[dict] | None:
         return json.loads(template.partition(_AFTER)[0].removeprefix(_BEFORE))
     except ValueError as error:  # somebody has edited them
         raise UserError(f"the prompt at the top of a chat_template.jinja is no JSON: {error}; mend it there") from error
-
-
-def prompt_of(model: str, untrained: list[dict]) -> list[dict]:
-    """The turns under which a model is asked.
-
-    Args:
-        model: a hub id, or the folder of a model, a checkpoint or an adapter.
-        untrained: what a model gets that was not trained here.
-    """
-    file = Path(model, "chat_template.jinja")
-    if file.is_file() and (carried := carried_prompt(file.read_text(encoding="utf-8"))) is not None:
-        return carried
-    trained = trained_recipe(model)  # of a folder from before templates carried the prompt
-    if "SYSTEM_PROMPT" not in trained:
-        return untrained
-    return [{"role": "system", "content": trained["SYSTEM_PROMPT"]}, *trained.get("EXAMPLE", [])]
 
 
 # What others read of the recipe.json of a training, and its types.
@@ -156,8 +145,8 @@ def fit_template(tokenizer: PreTrainedTokenizerBase, ends: set[int], name: str, 
 def fault_of(tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> str | None:
     """What goes wrong when a model is asked behind the worked example and learns an answer; None if nothing does."""
     question, answer = "5分钟多少秒", "<think>\n5*60=300\n</think>\n<answer>\n300\n</answer>"
-    system = {"role": "system", "content": prompts.SYSTEM_PROMPT}
-    asked = [system, *prompts.WORKED_EXAMPLE, {"role": "user", "content": question}]
+    before = prompt_turns(prompts.SYSTEM_PROMPT, prompts.WORKED_EXAMPLE)
+    asked = [*before, {"role": "user", "content": question}]
     learned = [*asked, {"role": "assistant", "content": answer}]
     try:
         prompt, whole = render(tokenizer, asked), render(tokenizer, learned, complete=True)

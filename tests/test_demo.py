@@ -9,7 +9,6 @@ import pytest
 from conftest import conversation_about
 
 import prompts
-import train_grpo
 from engine import demo
 from engine.numbers import extract_answer, parse_number
 from engine.questions import load_questions, load_splits, pairs_of, to_prompt
@@ -195,13 +194,3 @@ def test_made_anew_after_a_change(base, tmp_path, monkeypatch, capsys):
     assert len(made) == 2 and "anew" in capsys.readouterr().out
     demo.make_demo(folder)
     assert len(made) == 2
-
-
-def test_recipe_of_a_base_that_will_be_made_anew(base, tmp_path, monkeypatch):
-    """After an edit of prompts.py the demo's recipe has the prompt of the base to come, not that of the stale one."""
-    shutil.copytree(base, tmp_path / "base")
-    monkeypatch.setattr(prompts, "SYSTEM_PROMPT", "按格式")
-    flags = ["--demo", "--output", str(tmp_path)]
-    assert train_grpo.configure(flags, {})[1].SYSTEM_PROMPT == "按格式"
-    _, recipe = train_grpo.configure(flags, {"SYSTEM_PROMPT": "另一个"})
-    assert recipe.SYSTEM_PROMPT == "按格式"  # which the base carries
