@@ -114,7 +114,8 @@ def answer(
     ) as bar:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            made = sampler.generate([ids[i] for i in batch], max_new_tokens, temperature, on_finished=bar.update)
+            made = sampler.generate([ids[i] for i in batch], max_new_tokens, temperature)
+            bar.update(len(batch))
             for i, new in zip(batch, made, strict=True):
                 completion_ids[i] = new
     texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)

@@ -19,7 +19,7 @@ import contextlib
 import copy
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -93,16 +93,10 @@ def _cut(row: list[int], eos: list[int]) -> list[int]:
     return row[: next((i + 1 for i, token in enumerate(row) if token in eos), len(row))]
 
 
-def _free_share(device: torch.device, spoken_for: int) -> float:
-    """The free share of a GPU's memory, with what PyTorch holds unused and without `spoken_for` bytes."""
+def _free_share(device: torch.device) -> float:
+    """The share of a GPU's memory that is free, or that PyTorch holds unused."""
     free, total = torch.cuda.mem_get_info(device)
-    return (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) - spoken_for) / total
-
-
-def _bytes_to_come(trainer: Trainer) -> int:
-    """Bytes that the next optimizer step allocates: the gradients, and in the first step Adam's two moments."""
-    trained = sum(weight.nbytes for weight in trainer.model.parameters() if weight.requires_grad)
-    return trained if getattr(trainer.optimizer, "state", None) else 3 * trained
+    return (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) / total
 
 
 @functools.cache
@@ -189,31 +183,18 @@ class Sampler:
         self.model, self.tokenizer, self.autocast = model, tokenizer, autocast
         self.eos = _eos_ids(model, tokenizer)
         self.use_graph = True  # replay a captured step on CUDA
-        self.to_come: Callable[[], int] | None = None  # bytes that training will allocate; None: nothing trains
+        self.beside_training = False  # training needs memory on the same device
         self.batch: Batch | None = None  # what the captured steps read and write
         self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}  # greedy or not -> one captured step
         self._layout: tuple[list, list] | None = None  # where the model's tensors lay when the shadow was built
 
-    def generate(
-        self,
-        prompt_ids: list[list[int]],
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        on_finished: Callable[[int], None] | None = None,
-    ) -> list[list[int]]:
-        """One completion per prompt, in their order, with its end token.
-
-        Args:
-            temperature: of the sampling; 0 takes the likeliest token.
-            on_finished: is called with the number of completions that have finished since its last call.
-        """
+    def generate(self, prompt_ids: list[list[int]], max_new_tokens: int, temperature: float = 0.0) -> list[list[int]]:
+        """One completion per prompt, in their order, with its end token. Temperature 0 takes the likeliest token."""
         if not prompt_ids:
             return []
-        *_, completions = self._decode(prompt_ids, max_new_tokens, temperature, on_finished)
-        if self.batch is not None and self.to_come is not None:
-            pooled = sum(graph.pooled for graph in self.graphs.values())
-            if _free_share(self.device, self.to_come() + pooled) < 0.25:
-                self.batch, self.graphs = None, {}  # training needs this memory; a new capture takes little time
+        *_, completions = self._decode(prompt_ids, max_new_tokens, temperature)
+        if self.beside_training and self.batch is not None and _free_share(self.device) < 0.5:
+            self.batch, self.graphs = None, {}  # training needs this memory; a new capture takes 0.2 s
         return [_cut(row, self.eos) for row in completions.tolist()]
 
     def stream(self, prompt_ids: list[int], max_new_tokens: int, temperature: float = 0.0) -> Iterator[int]:
@@ -265,13 +246,7 @@ class Sampler:
         self.copies.append((target, tensor))
         return target
 
-    def _decode(
-        self,
-        prompt_ids: list[list[int]],
-        new: int,
-        temperature: float,
-        on_finished: Callable[[int], None] | None = None,
-    ) -> Iterator[torch.Tensor]:
+    def _decode(self, prompt_ids: list[list[int]], new: int, temperature: float) -> Iterator[torch.Tensor]:
         """Yield the completions so far, (rows, tokens), after every token. Behind a row's end token stands anything."""
         rows, width = len(prompt_ids), max(map(len, prompt_ids))
         check_positions(self.model, "the model", prompt=width, MAX_COMPLETION_TOKENS=new)
@@ -281,29 +256,21 @@ class Sampler:
         batch.temperature.fill_(temperature)
         self._prefill(batch, prompt_ids, width)
         graph = self._graph(batch) if self._replays() else None
-        finished = 0
         for count in range(1, new + 1):
-            yield batch.tokens[:rows, width : width + count]
+            yield batch.tokens[:, width : width + count]
             if count == new:
-                break
-            look = count % CHECK_EVERY == 0
-            if look:
-                ended = int(batch.done[:rows].sum())
-                if on_finished is not None:
-                    on_finished(ended - finished)
-                finished = ended
-                if finished == rows:
+                return
+            if count % CHECK_EVERY == 0:
+                running, live = rows - int(batch.done.sum()), len(batch.live)
+                if running == 0:
                     return
+                if graph is None and live - running > 0.1 * live:
+                    batch.drop_finished()
             if graph is not None:
                 graph.replay()
-                continue
-            live = len(batch.live)
-            if look and finished - (rows - live) > 0.1 * live:
-                batch.drop_finished()
-            batch.seen = width + count
-            self.step(batch)
-        if on_finished is not None:
-            on_finished(rows - finished)  # the rest has ended since the last look, or is cut off
+            else:
+                batch.seen = width + count
+                self.step(batch)
 
     def _replays(self) -> bool:
         return self.use_graph and self.device.type == "cuda"
@@ -313,8 +280,7 @@ class Sampler:
             return Batch(rows, columns, self.device, self.autocast)
         columns += WARM_UP  # the warm-up writes these, even where a single token is wanted
         old = self.batch
-        # A graph computes all its rows. One with up to twice the rows is used again, a larger one would waste too much.
-        if old is None or not len(old.done) / 2 < rows <= len(old.done) or columns > len(old.columns):
+        if old is None or rows != len(old.done) or columns > len(old.columns):
             columns = max(columns, len(old.columns)) if old is not None else columns
             self.batch, self.graphs, old = None, {}, None  # freed before the next one is allocated
             self.batch = Batch(rows, -(-columns // 64) * 64, self.device, self.autocast)
@@ -324,8 +290,7 @@ class Sampler:
         """Read each distinct prompt once, and pick the first token of every row."""
         index = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompt_ids)))}
         source = [index[tuple(prompt)] for prompt in prompt_ids]
-        spare = len(batch.done) - len(source)  # rows of a captured batch that are not needed this time
-        batch.source = torch.tensor(source + source[-1:] * spare, device=self.device)
+        batch.source = torch.tensor(source, device=self.device)
         padded = self.tokenizer.pad({"input_ids": list(map(list, index))}, padding_side="left", return_tensors="pt")
         tokens = padded["input_ids"].to(self.device)  # (P, width)
         pads = torch.tensor([[width - len(prompt)] for prompt in index], device=self.device)  # (P, 1)
@@ -336,7 +301,6 @@ class Sampler:
         batch.pads.copy_(pads[batch.source])  # in place, here and below, because a graph holds addresses
         batch.column.fill_(width)
         batch.done.zero_()
-        batch.done[len(source) :] = True
         self._pick(batch, logits[batch.source])
         batch.source = None
 
@@ -407,9 +371,7 @@ class Sampler:
                 before.wait_stream(side)
                 # thread_local, so that NCCL's own thread may go on
                 with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-                    reserved = torch.cuda.memory_reserved(self.device)
                     self.step(batch)
-                graph.pooled = torch.cuda.memory_reserved(self.device) - reserved  # bytes that only this graph can use
             except RuntimeError:
                 # PyTorch's allocator still believes in a capture, and would not free its cache when memory runs out
                 with contextlib.suppress(RuntimeError):  # the pool had not begun, or has ended
@@ -422,15 +384,9 @@ class Sampler:
 
 
 class PlainSampler(Sampler):
-    """The same through `model.generate`, for what `why_not` names. All completions finish at once."""
+    """The same through `model.generate`, for what `why_not` names. `stream` has all tokens at once."""
 
-    def _decode(
-        self,
-        prompt_ids: list[list[int]],
-        new: int,
-        temperature: float,
-        on_finished: Callable[[int], None] | None = None,
-    ) -> Iterator[torch.Tensor]:
+    def _decode(self, prompt_ids: list[list[int]], new: int, temperature: float) -> Iterator[torch.Tensor]:
         # every value is given, because the model's generation_config.json sets those that are not
         sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
         config = GenerationConfig(
@@ -449,8 +405,6 @@ class PlainSampler(Sampler):
         with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
             completions = self.model.generate(**padded, generation_config=config)[:, width:]
         self.model.train(training)
-        if on_finished is not None:
-            on_finished(len(prompt_ids))
         for count in range(1, completions.shape[1] + 1):
             yield completions[:, :count]
 
@@ -485,12 +439,10 @@ class Rollout:
     def sampler(self, trainer: Trainer) -> Sampler:
         """The sampler of this trainer's policy. Training and evaluation share it, and with it its memory."""
         if self._sampler is None:
-            args, tokenizer = trainer.args, trainer.processing_class
             model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-            autocast = torch.bfloat16 if args.bf16 else None
-            make = functools.partial(make_sampler, args=args) if self.fast else PlainSampler
-            self._sampler = make(model, tokenizer, autocast)
-            self._sampler.to_come = functools.partial(_bytes_to_come, trainer)
+            of_run = model, trainer.processing_class, torch.bfloat16 if trainer.args.bf16 else None
+            self._sampler = make_sampler(*of_run, trainer.args) if self.fast else PlainSampler(*of_run)
+            self._sampler.beside_training = True
         return self._sampler
 
     def __call__(self, prompts: list, trainer: GRPOTrainer) -> dict[str, list | None]:

@@ -83,7 +83,7 @@ def replayed(sampler: Sampler) -> Sampler:
                 sampler.step(batch)
         frozen = copy.copy(batch)
         frozen.keys, frozen.values = list(batch.keys), list(batch.values)
-        return SimpleNamespace(replay=lambda: sampler.step(frozen), pooled=0)
+        return SimpleNamespace(replay=lambda: sampler.step(frozen))
 
     sampler._replays, sampler._capture = lambda: sampler.use_graph, capture
     return sampler
@@ -92,7 +92,7 @@ def replayed(sampler: Sampler) -> Sampler:
 @pytest.fixture(autouse=True)
 def roomy_card(monkeypatch):
     """There is no card to ask how much of it is free."""
-    monkeypatch.setattr(rollout, "_free_share", lambda device, spoken_for: 1.0)
+    monkeypatch.setattr(rollout, "_free_share", lambda device: 1.0)
 
 
 class Recorder(Sampler):
@@ -469,38 +469,20 @@ def test_few_new_tokens_leave_room_for_the_warm_up(new, temperature):
 
 
 def test_captured_batches(monkeypatch):
-    """A batch is kept for up to half its rows fewer, made anew for fewer still, and dropped where the card is full."""
+    """A batch is kept for as many rows, made anew for others, and dropped where the card is full."""
     model = make_model().eval()
     sampler = make_loop(model, "replayed")
     share, sizes = 1.0, []
-    monkeypatch.setattr(rollout, "_free_share", lambda device, spoken_for: share)
-    sampler.to_come = lambda: 0  # something trains
-    for prompts in (MIXED * 4, MIXED * 3, MIXED * 2, MIXED[:1], MIXED):
+    monkeypatch.setattr(rollout, "_free_share", lambda device: share)
+    sampler.beside_training = True
+    for prompts in (MIXED, MIXED[::-1], MIXED[:1], MIXED):
         assert sampler.generate(prompts, 20) == reference(model, prompts, 20)
-        sizes.append(len(sampler.batch.done))
-    assert sizes == [24, 24, 12, 1, 6]
+        sizes.append(sampler.batch)
+    assert sizes[0] is sizes[1] and [len(batch.done) for batch in sizes] == [6, 6, 1, 6]
     share = 0.2
     for _ in range(2):
         assert sampler.generate(MIXED, 20) == reference(model, MIXED, 20)
         assert sampler.batch is None and not sampler.graphs
-
-
-@both_paths
-@pytest.mark.parametrize("new", [1, 3, 4, 60])
-def test_finished_rows_are_counted(path, new):
-    """What a progress bar hears sums to the rows asked for, row by row as they end, whether any is cut off or not."""
-    model, prompts = make_model().eval(), [[2 + i % 30, 2 + (7 * i) % 30] for i in range(25)]
-    sampler, heard = make_loop(model, path), []
-    lengths = [len(row) for row in sampler.generate(prompts, new, on_finished=heard.append)]
-    assert sum(heard) == 25 and min(heard) >= 0
-    for look, count in enumerate(heard[:-1], start=1):
-        ended = sum(length <= look * CHECK_EVERY for length in lengths)
-        assert sum(heard[:look]) == ended, f"{count} at look {look}"
-    assert new < 60 or len(heard) > 5
-    heard.clear()
-    sampler.generate(prompts[:3], new, on_finished=heard.append)  # rows of a captured batch that nobody asked for
-    PlainSampler(model, make_tokenizer()).generate(prompts, new, on_finished=heard.append)
-    assert sum(heard) == 28 and heard[-1] == 25
 
 
 def test_model_moved_after_the_sampler_was_made():
