@@ -28,7 +28,6 @@ from transformers import TrainerCallback
 from engine.accuracy import describe, evaluate
 from engine.checkpoints import failure_of, write_text
 from engine.console import UserError
-from engine.models import describe_precision
 from engine.numbers import extract_answer, thinking_of
 from engine.questions import to_prompt
 
@@ -282,7 +281,7 @@ class RunMonitor(TrainerCallback):
         """One block that says what is about to happen."""
         recipe, trainer = self.recipe, self.trainer
         device = trainer.accelerator.device
-        precision = describe_precision(device, torch.bfloat16 if trainer.args.bf16 else None, recipe.BF16)
+        precision = "float32 weights, bf16 autocast" if trainer.args.bf16 else "float32"
         print(
             f"model      {recipe.MODEL} ({f'LoRA rank {recipe.LORA_RANK}' if recipe.USE_LORA else 'all weights'})",
             f"data       {data}, {len(self.dev)} development and {len(self.test)} test questions",
