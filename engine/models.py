@@ -144,8 +144,7 @@ def _load(kind: type, name: str, dtype: torch.dtype | None) -> tuple[PreTrainedM
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, free: bool = False) -> None:
     """Give a tokenizer a fitting template, and a token for padding that is not its end token.
 
-    Raises:
-        UserError: the tokenizer does not belong to this model.
+    Raises UserError if the tokenizer does not belong to this model.
     """
     ids, rows = set(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
     ends = model.generation_config.eos_token_id if model.can_generate() else None  # None for a reward model

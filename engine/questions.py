@@ -34,10 +34,7 @@ def read_splits(dataset: str) -> dict[str, Dataset]:
     """The splits of a hub id, of a local folder (save_to_disk, parquet, JSON lines, CSV) or of a single file.
 
     A name that exists here is read from here. The last tenth of a single file is its `test` split and the rest `train`,
-    in every script, so a model is tested on other questions than it was trained on.
-
-    Raises:
-        UserError: a data set that cannot be read.
+    in every script, so a model is tested on other questions than it was trained on. Raises UserError.
     """
     from datasets import DatasetDict, disable_progress_bars, logging
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -83,12 +82,6 @@ def _adapters(layer: LoraLayer) -> list[tuple[str, float]]:
     return [(name, layer.scaling[name]) for name in layer.active_adapters if name in layer.lora_A]
 
 
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a completion: the model's own and the tokenizer's, as in TRL."""
-    ids = model.generation_config.eos_token_id
-    return list({*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None})
-
-
 def _cut(row: list[int], eos: list[int]) -> list[int]:
     return row[: next((i + 1 for i, token in enumerate(row) if token in eos), len(row))]
 
@@ -97,12 +90,6 @@ def _free_share(device: torch.device) -> float:
     """The share of a GPU's memory that is free, or that PyTorch holds unused."""
     free, total = torch.cuda.mem_get_info(device)
     return (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) / total
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The one stream for all captures; every stream has its own workspace for matrix products."""
-    return torch.cuda.Stream(device)
 
 
 class LoraLinear(torch.nn.Linear):
@@ -181,11 +168,14 @@ class Sampler:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, autocast: torch.dtype | None = None):
         self.model, self.tokenizer, self.autocast = model, tokenizer, autocast
-        self.eos = _eos_ids(model, tokenizer)
+        ends = model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        self.eos = list({*ends, tokenizer.eos_token_id} - {None})  # the model's own and the tokenizer's, as in TRL
         self.use_graph = True  # replay a captured step on CUDA
         self.beside_training = False  # training needs memory on the same device
         self.batch: Batch | None = None  # what the captured steps read and write
         self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}  # greedy or not -> one captured step
+        self._side: torch.cuda.Stream | None = None  # one for all captures: each has a workspace for matrix products
         self._layout: tuple[list, list] | None = None  # where the model's tensors lay when the shadow was built
 
     def generate(self, prompt_ids: list[list[int]], max_new_tokens: int, temperature: float = 0.0) -> list[list[int]]:
@@ -358,7 +348,9 @@ class Sampler:
         return self.graphs.get(batch.greedy)
 
     def _capture(self, batch: Batch) -> torch.cuda.CUDAGraph:
-        before, side = torch.cuda.current_stream(self.device), _side_stream(self.device)
+        if self._side is None:
+            self._side = torch.cuda.Stream(self.device)
+        before, side = torch.cuda.current_stream(self.device), self._side
         # the graphs share their memory, because they never run at the same time
         pool = next((graph.pool() for graph in self.graphs.values()), None) or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()

@@ -54,11 +54,7 @@ def make_parser(description: str, defaults: dict[str, Any]) -> argparse.Argument
 def make_recipe(
     defaults: dict[str, Any], given: dict[str, Any], flags: argparse.Namespace, demo_changes: dict[str, Any]
 ) -> SimpleNamespace:
-    """The constants of this run: the script's, changed by the demo, by what was given to `main`, and by the flags.
-
-    Raises:
-        UserError: `given` names an unknown constant.
-    """
+    """The constants of this run: the script's, changed by the demo, by those given to `main`, and by the flags."""
     by_flag = {"MODEL": flags.model, "DATASET": flags.dataset, "OUTPUT_DIR": flags.output, "SEED": flags.seed}
     by_flag["MAX_STEPS"] = getattr(flags, "max_steps", None)  # make_traces.py takes no steps
     changes = {}
@@ -111,11 +107,7 @@ def common_arguments(recipe: SimpleNamespace, on_cpu: bool, bf16: bool, accumula
 def accumulation_steps(recipe: SimpleNamespace, step: tuple[str, ...], processes: int) -> int:
     """Forward passes per optimizer step and process, so that a step has the same rows on any number of GPUs.
 
-    Args:
-        step: the constants whose product is the number of rows in one optimizer step.
-
-    Raises:
-        UserError: the rows cannot be divided into the micro batches of all processes.
+    The product of the constants in `step` is the number of rows. Raises UserError if it does not divide evenly.
     """
     rows = math.prod(getattr(recipe, name) for name in step)
     at_once = recipe.MICRO_BATCH * processes
@@ -131,8 +123,7 @@ def accumulation_steps(recipe: SimpleNamespace, step: tuple[str, ...], processes
 def start_processes(flags: argparse.Namespace, bf16: bool) -> tuple[PartialState, torch.dtype | None]:
     """The processes of this run on their devices, and the dtype of autocast there (None: float32).
 
-    Raises:
-        UserError: there is no GPU, and neither --demo nor --cpu was given.
+    Raises UserError if there is no GPU and neither --demo nor --cpu was given.
     """
     import torch
     from accelerate import PartialState
@@ -158,8 +149,7 @@ def start_processes(flags: argparse.Namespace, bf16: bool) -> tuple[PartialState
 def open_output(flags: argparse.Namespace, recipe: SimpleNamespace, state: PartialState) -> Path | None:
     """Lock the output folder, make what the demo needs, and return the checkpoint to continue (None: a new run).
 
-    Raises:
-        UserError: as in `folder.lock` and `checkpoints.find`.
+    Raises UserError as `folder.lock` and `checkpoints.find` do.
     """
     from accelerate.utils import gather_object
 
@@ -183,8 +173,7 @@ def open_output(flags: argparse.Namespace, recipe: SimpleNamespace, state: Parti
 def record_inputs(recipe: SimpleNamespace, checkpoint: Path | None, **questions: Dataset) -> None:
     """Write fingerprints of the model and the questions into the recipe, as `MODEL_READ`, `TRAIN_READ` and so on.
 
-    Raises:
-        UserError: the run continues `checkpoint` and cannot do so with other contents.
+    Raises UserError if the run continues `checkpoint` and cannot do so with other contents.
     """
     from engine import checkpoints
 
@@ -198,11 +187,7 @@ def record_inputs(recipe: SimpleNamespace, checkpoint: Path | None, **questions:
 
 
 def load_policy(recipe: SimpleNamespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model to train and its tokenizer. The recipe gets the prompt that the model carries, if it carries one.
-
-    Raises:
-        UserError: as in `models.load_model`.
-    """
+    """The model to train and its tokenizer, as in `models.load_model`. The recipe gets the prompt that it carries."""
     from engine.checkpoints import limit_answers
     from engine.models import load_model
 
@@ -223,12 +208,8 @@ def train_and_measure(monitor: RunMonitor, results: dict, checkpoint: Path | Non
     """Measure the model, train it, save it, and measure it again. The curves are drawn in any case.
 
     Args:
-        monitor: watches the run, and knows its trainer and its folder.
         results: what an earlier start of this run has measured; {} for a new run.
         checkpoint: what the run continues; None for a new run.
-
-    Raises:
-        UserError: a GPU's memory is full.
     """
     import torch
 

@@ -408,7 +408,7 @@ class FakeCuda:
         monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
         side = SimpleNamespace(wait_stream=lambda other: None)
-        monkeypatch.setattr(rollout, "_side_stream", lambda device: side)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
         fork = torch.random.fork_rng
         monkeypatch.setattr(torch.random, "fork_rng", lambda devices: fork([]))
 
