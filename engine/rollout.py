@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -226,19 +227,16 @@ class Sampler:
     def _make_batch(self, rows: int, columns: int) -> Batch:
         if not self._replays():
             return Batch(rows, columns, self.device, self.autocast)
-        columns += WARM_UP  # the warm-up writes these, even where a single token is wanted
-        old = self.batch
-        if old is None or rows != len(old.done) or columns > len(old.columns):
-            columns = max(columns, len(old.columns)) if old is not None else columns
-            self.batch, self.graphs, old = None, {}, None  # freed before the next one is allocated
-            self.batch = Batch(rows, -(-columns // 64) * 64, self.device, self.autocast)
+        columns = math.ceil((columns + WARM_UP) / 64) * 64  # the warm-up needs columns, even if one token is wanted
+        if self.batch is None or rows != len(self.batch.done) or columns > len(self.batch.columns):
+            self.batch, self.graphs = None, {}  # freed before the next one is allocated
+            self.batch = Batch(rows, columns, self.device, self.autocast)
         return self.batch
 
     def _prefill(self, batch: Batch, prompt_ids: list[list[int]], width: int) -> None:
         """Read each distinct prompt once, and pick the first token of every row."""
         index = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompt_ids)))}
-        source = [index[tuple(prompt)] for prompt in prompt_ids]
-        batch.source = torch.tensor(source, device=self.device)
+        batch.source = torch.tensor([index[tuple(prompt)] for prompt in prompt_ids], device=self.device)
         padded = self.tokenizer.pad({"input_ids": list(map(list, index))}, padding_side="left", return_tensors="pt")
         tokens = padded["input_ids"].to(self.device)  # (P, width)
         pads = torch.tensor([[width - len(prompt)] for prompt in index], device=self.device)  # (P, 1)
