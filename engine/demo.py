@@ -259,7 +259,7 @@ def teach_base(traces: list[Problem], steps: int, folder: Path) -> None:
                 print(f"base: step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.3f}", flush=True)
 
     config = SFTConfig(
-        output_dir=str(folder.parent / "sft"),
+        output_dir=str(folder),
         seed=SEED,
         use_cpu=True,
         bf16=False,
@@ -274,7 +274,8 @@ def teach_base(traces: list[Problem], steps: int, folder: Path) -> None:
         logging_steps=50,
         disable_tqdm=True,
     )
-    trainer = SFTTrainer(model, config, Dataset.from_list(rows), processing_class=tokenizer, callbacks=[Progress()])
+    data = Dataset.from_list(rows)
+    trainer = SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer, callbacks=[Progress()])
     trainer.remove_callback(transformers.PrinterCallback)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as fast for so small a model, and several times faster on a busy machine
