@@ -34,14 +34,14 @@ from engine.constants import check_constants, constants_of
 from engine.fingerprints import fingerprint_weights
 from engine.folder import lock
 from engine.questions import load_splits, pairs_of, slice_of, to_prompt
-from engine.templates import encode, trained_recipe
+from engine.templates import carried_prompt, carry_prompt, encode, prompt_turns, trained_recipe
 from engine.traces import append_lines, judge, open_folder, read_log, write_learnable, write_lines
 from prompts import WORKED_EXAMPLE
 
 if TYPE_CHECKING:  # imported where they are used: the one-line errors need no seconds to start
     from transformers import PreTrainedTokenizerBase
 
-    from engine.rollout import PlainSampler, Sampler
+    from engine.rollout import Sampler
 
 # ---------------------------------------------------------------------------------------------------- the sampling
 OUTPUT_DIR: str = "output/traces"  # --output
@@ -95,28 +95,27 @@ def configure(argv: list[str] | None, constants: dict[str, Any]) -> tuple[argpar
 
 
 # --------------------------------------------------------------------------------------------------------- the model
-def load_sampler(
-    recipe: SimpleNamespace, flags: argparse.Namespace
-) -> tuple["Sampler | PlainSampler", "PreTrainedTokenizerBase"]:
+def load_sampler(recipe: SimpleNamespace, flags: argparse.Namespace) -> tuple["Sampler", "PreTrainedTokenizerBase"]:
     """The model, its weights in bf16 where training autocasts: a 7B one in float32 fits neither 24 GB nor the host."""
     from engine.models import load_model, pick_device
     from engine.rollout import make_sampler
 
     device, dtype = pick_device(flags.cpu, recipe.BF16)
-    model, tokenizer = load_model(recipe.MODEL, dtype, prompt=runs.prompt_turns(recipe), free=flags.free)
+    turns = prompt_turns(recipe.SYSTEM_PROMPT, recipe.EXAMPLE)
+    model, tokenizer = load_model(recipe.MODEL, dtype, prompt=turns, free=flags.free)
+    if flags.example:
+        system = carried_prompt(tokenizer.chat_template)[0]
+        tokenizer.chat_template = carry_prompt(tokenizer.chat_template, [system, *WORKED_EXAMPLE])
     return make_sampler(model.to(device).eval(), tokenizer), tokenizer
 
 
 def ask(question: str, recipe: SimpleNamespace, flags: argparse.Namespace) -> list[dict]:
-    """What the model is asked: behind its own prompt, behind the worked example, or freely."""
-    if flags.free:
-        return to_prompt(f"{question}\n{recipe.FREE_PROMPT}")
-    example = WORKED_EXAMPLE if flags.example else recipe.EXAMPLE
-    return [{"role": "system", "content": recipe.SYSTEM_PROMPT}, *example, *to_prompt(question)]
+    """What the model is asked; its chat template adds the prompt."""
+    return to_prompt(f"{question}\n{recipe.FREE_PROMPT}" if flags.free else question)
 
 
 def sample(
-    sampler: "Sampler | PlainSampler",
+    sampler: "Sampler",
     tokenizer: "PreTrainedTokenizerBase",
     prompts: list[list[dict]],
     recipe: SimpleNamespace,
@@ -173,13 +172,17 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     if flags.demo:
         pretraining.prepare_demo(output / "base", recipe.MODEL, recipe.DATASET)
     settings = {"model": recipe.MODEL, "weights": fingerprint_weights(recipe.MODEL), "dataset": recipe.DATASET}
+    prompt = (
+        [] if flags.free else prompt_turns(recipe.SYSTEM_PROMPT, WORKED_EXAMPLE if flags.example else recipe.EXAMPLE)
+    )
     settings |= {"skip": flags.questions.start or None, "seed": recipe.SEED, "free": flags.free}
-    settings |= {"prompt": ask("", recipe, flags), "tokens": recipe.MAX_COMPLETION_TOKENS}
+    settings["prompt"] = prompt + ask("", recipe, flags)
+    settings |= {"tokens": recipe.MAX_COMPLETION_TOKENS}
     settings |= {name: getattr(recipe, name) for name in ("SAMPLES", "TEMPERATURE")}
     open_folder(output, settings)
 
     # ---- the questions, and those that an earlier run has sampled
-    train, _, _ = load_splits(recipe.DATASET, recipe.DEV_QUESTIONS)
+    train, dev, test = load_splits(recipe.DATASET, recipe.DEV_QUESTIONS)
     asked = pairs_of(train)[flags.questions]
     if not asked:
         first = flags.questions.start
@@ -207,7 +210,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
             f"dropped: {why}; ask another way (--example, --free), pass a better --model, or loosen a filter"
         )
     write_lines(traces_file, traces)
-    learnable = write_learnable(output / "learnable", rows, recipe.DATASET, recipe)
+    learnable = write_learnable(output / "learnable", rows, pairs_of(dev), pairs_of(test), recipe)
     solved, covered = (sum(bool(row[name]) for row in rows) for name in ("right", "kept"))
     lengths = sorted(len(trace["completion"][0]["content"]) for trace in traces)
     print(f"model      {recipe.MODEL}")

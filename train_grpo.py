@@ -14,7 +14,6 @@ The R1 recipe (arXiv 2501.12948, GRPO: arXiv 2402.03300) as one flat file: edit 
     python train_grpo.py --demo --model output/demo/base/untaught --output output/zero    # R1-Zero there
 """
 
-import importlib.util
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -67,7 +66,6 @@ MAX_PROMPT_TOKENS: int = 384  # longer training questions are dropped; the longe
 MAX_COMPLETION_TOKENS: int = 512  # at 256 more than half of this model's answers are cut off
 TEMPERATURE: float = 1.0  # 1 is on-policy: what is sampled is what is trained
 FAST_ROLLOUT: bool = True  # the decode loop of rollout.py; False: TRL's own generation, slower
-USE_VLLM: bool = False  # vLLM instead, on the same GPU; it is not in requirements.txt
 
 # LoRA
 USE_LORA: bool = False  # True trains an adapter only: no optimizer state for the whole model
@@ -109,8 +107,6 @@ def grpo_config(recipe: SimpleNamespace, on_cpu: bool, bf16: bool, accumulation:
         beta=recipe.BETA,
         loss_type=recipe.LOSS_TYPE,
         scale_rewards=recipe.SCALE_REWARDS,
-        use_vllm=recipe.USE_VLLM,
-        vllm_mode="colocate",
         reward_weights=weights,
     )
     config._n_gpu = min(config.n_gpu, 1)  # without a launcher: one GPU, not DataParallel, which TRL refuses
@@ -140,8 +136,6 @@ def check_recipe(recipe: SimpleNamespace) -> None:
         raise UserError(  # TRL would load what the adapter was trained on as the untrained model of the KL term
             f"BETA = {recipe.BETA!r} with the adapter {recipe.MODEL!r}: set it to 0.0, or name the merged model"
         )
-    if recipe.USE_VLLM and importlib.util.find_spec("vllm") is None:
-        raise UserError("USE_VLLM = True needs vLLM: pip install vllm==0.30.0, or set it to False")
     if recipe.REPORT_TO != "none":
         from transformers.integrations import get_available_reporting_integrations
 
@@ -173,7 +167,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     from engine.curves import read_history
     from engine.lora import lora_config
     from engine.memory import fit_batches
-    from engine.models import check_positions, drop_long, load_model
+    from engine.models import check_positions, drop_long
     from engine.monitor import Monitor
     from engine.preference import load_preference
     from engine.questions import first_of, load_splits
@@ -192,8 +186,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     train, dev, test = load_splits(recipe.DATASET, recipe.DEV_QUESTIONS, unlabelled=recipe.REWARD_MODEL != "")
     test = first_of(test, recipe.TEST_QUESTIONS)
     runs.record_inputs(recipe, checkpoint, TRAIN=train, DEV=dev, TEST=test)
-    model, tokenizer = load_model(recipe.MODEL, prompt=runs.prompt_turns(recipe))
-    checkpoints.limit_answers(model, recipe.MAX_COMPLETION_TOKENS)
+    model, tokenizer = runs.load_policy(recipe)
     limits = {name: getattr(recipe, name) for name in ("MAX_PROMPT_TOKENS", "MAX_COMPLETION_TOKENS")}
     check_positions(model, f"MODEL {recipe.MODEL!r}", **limits)
     fitting = drop_long(train, tokenizer, recipe.MAX_PROMPT_TOKENS, recipe.QUESTIONS_PER_STEP)
@@ -206,7 +199,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
         train_dataset=fitting,
         processing_class=tokenizer,
         peft_config=lora_config(recipe, model),
-        rollout_func=None if recipe.USE_VLLM else rollout,
+        rollout_func=rollout,
     )
     trainer.remove_callback(PrinterCallback)  # it would print thirty keys a step
     checkpoints.check_disk(output, trainer.model, recipe.SAVE_LIMIT)

@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     from engine.curves import read_history
     from engine.lora import lora_config
     from engine.memory import fit_batches
-    from engine.models import check_positions, load_model
+    from engine.models import check_positions
     from engine.monitor import SftMonitor
     from engine.questions import first_of, load_splits
     from engine.rollout import Rollout
@@ -131,8 +131,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     held_out = {prompt[-1]["content"] for rows in (dev, test) for prompt in rows["prompt"]}
     test = first_of(test, recipe.TEST_QUESTIONS)
     runs.record_inputs(recipe, checkpoint, DEV=dev, TEST=test)
-    model, tokenizer = load_model(recipe.MODEL, prompt=runs.prompt_turns(recipe))
-    checkpoints.limit_answers(model, recipe.MAX_COMPLETION_TOKENS)
+    model, tokenizer = runs.load_policy(recipe)
     check_positions(model, f"MODEL {recipe.MODEL!r}", MAX_TOKENS=recipe.MAX_TOKENS)
     traces = keep_usable(traces, "--traces", tokenizer, held_out, recipe)
     if mix:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from engine.rollout import AnySampler
+    from engine.rollout import Sampler
 
 
 Z = 1.959964  # standard errors on each side of a 95 % interval
@@ -40,7 +40,7 @@ def grade(completion: str, label: int) -> dict:
 
 
 def evaluate(
-    sampler: AnySampler,
+    sampler: Sampler,
     tokenizer: PreTrainedTokenizerBase,
     questions: Dataset,
     max_new_tokens: int,
@@ -65,7 +65,7 @@ def evaluate(
 
 
 def evaluate_samples(
-    sampler: AnySampler,
+    sampler: Sampler,
     tokenizer: PreTrainedTokenizerBase,
     questions: Dataset,
     max_new_tokens: int,
@@ -89,7 +89,7 @@ def evaluate_samples(
 
 
 def answer(
-    sampler: AnySampler,
+    sampler: Sampler,
     tokenizer: PreTrainedTokenizerBase,
     pairs: list[tuple[list[dict], int]],
     max_new_tokens: int,
@@ -114,7 +114,8 @@ def answer(
     ) as bar:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            made = sampler.generate([ids[i] for i in batch], max_new_tokens, temperature, on_finished=bar.update)
+            made = sampler.generate([ids[i] for i in batch], max_new_tokens, temperature)
+            bar.update(len(batch))
             for i, new in zip(batch, made, strict=True):
                 completion_ids[i] = new
     texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)

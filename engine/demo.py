@@ -1,7 +1,8 @@
-"""A tiny Qwen2 and Chinese word problems, made here, so that everything runs without a GPU and without the hub.
+"""A tiny Qwen2 and Chinese word problems, both made here: the demo needs no GPU and no network.
 
-The model learns by imitation to compute, and two ways to answer: carefully, line by line, or sloppily, with the first
-fact that comes to mind (1分钟是60秒 -> 60), as the model of the tutorial did. Mostly it is sloppy; GRPO mends that.
+The model learns by imitation to compute and to answer in two ways. The careful way goes line by line. The sloppy way
+says the first fact that comes to mind (1分钟是60秒 -> 60), as the tutorial's model did, and is the more frequent one.
+GRPO teaches the careful way.
 """
 
 import hashlib
@@ -9,6 +10,7 @@ import random
 import re
 import shutil
 import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -19,15 +21,15 @@ from engine.templates import CHATML_TEMPLATE, carry_prompt, todays_prompt
 # The data set
 TRAIN_QUESTIONS = 1840  # the last 240 of them are the development questions
 TEST_QUESTIONS = 240
-SEED = 0  # of the questions, the traces, the weights and their training; --seed varies the GRPO run only
+SEED = 0  # of the questions, the traces, the weights and their training; --seed changes the GRPO run only
 
-# What the constants of train_grpo.py become for so small a model
+# The constants of train_grpo.py that the demo changes
 RECIPE = {
     "OUTPUT_DIR": "output/demo",
     "QUESTIONS_PER_STEP": 16,
     "MICRO_BATCH": 128,  # the whole step at once
     "GRADIENT_CHECKPOINTING": False,
-    "BF16": False,  # bit-identical on every CPU, and as fast for so small a model
+    "BF16": False,  # the same bits on every CPU, and as fast for so small a model
     "LEARNING_RATE": 5e-4,
     "MAX_STEPS": 50,
     "EVAL_EVERY": 5,
@@ -35,7 +37,7 @@ RECIPE = {
     "MAX_COMPLETION_TOKENS": 64,  # a careful answer has about 35
 }
 
-# And those of train_sft.py
+# Those of train_sft.py
 SFT_RECIPE = {
     "OUTPUT_DIR": RECIPE["OUTPUT_DIR"],
     "LEARNING_RATE": 1e-3,
@@ -50,12 +52,12 @@ SHAPE = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "initializer_range": 0.05,  # Qwen2's 0.02 suits wider models; this learns faster
+    "initializer_range": 0.05,  # so narrow a model learns faster with it than with Qwen2's 0.02
 }
 
-# Its schooling
-TRACES = 6400  # questions with a written answer; of some kinds there are hardly more
-SLOPPY, SLOPPY_SUMS = 0.6, 0.3  # share of sloppy traces; below a half for sums and differences: those come out right
+# Its training by imitation
+TRACES = 6400  # questions with a written answer; some kinds have hardly more
+SLOPPY, SLOPPY_SUMS = 0.6, 0.3  # share of sloppy traces; in sums and differences the careful way prevails
 UNTIDY = 0.15  # share of traces that break the format a little
 SFT_STEPS = 750
 SFT_BATCH = 16  # traces
@@ -84,7 +86,7 @@ WORDS = {
 
 
 class Problem(NamedTuple):
-    """A question with its label, and the completion that the base is shown if this is one of its traces."""
+    """A question with its label, and a completion for the base to imitate."""
 
     kind: str
     question: str
@@ -93,13 +95,13 @@ class Problem(NamedTuple):
 
 
 def make_problem(kind: str, rng: random.Random) -> Problem:
-    """A problem of one kind in random words. The arithmetic is little and easy, since RL teaches nobody the tables."""
+    """A problem of one kind in random words. Its arithmetic is easy, because RL teaches no multiplication tables."""
     w = SimpleNamespace(**{name: rng.choice(choices.split("|")) for name, choices in WORDS.items()})
     thing, unit = w.thing[:-1], w.thing[-1]
     a, b = rng.randint(2, 9), rng.randint(2, 9)
     if kind in CONVERSIONS:
         large, small, b = CONVERSIONS[kind]
-        # 5分钟多少秒 is watched in training and stays unseen in any wording; 5*60=300 is known from hours and speed
+        # 5分钟多少秒 is the probe of the training and must not be seen in any wording; 5*60 occurs in other kinds
         a = rng.choice([2, 3, 4, 6, 7, 8, 9]) if kind == "minutes" else a
         start = rng.choice([f"{w.lead}{a}{large}", f"{w.name}{w.act}{w.spent}{a}{large}，"])
         question = f"{start}{w.be}多少{small}"
@@ -120,12 +122,12 @@ def make_problem(kind: str, rng: random.Random) -> Problem:
         a, b = 10 * rng.randint(1, 3) + rng.randint(4, 9), rng.randint(2, 4)  # nothing to borrow
         question = f"{w.name}有{a}{unit}{thing}，{w.gone}{b}{unit}，还剩多少{unit}"
         sign, fact, more = "-", f"原来有{a}{unit}", f"少了{b}{unit}"
-    else:  # boxes: two steps, of which the sloppy answer takes one
+    else:  # boxes: two steps, of which the sloppy answer makes one
         question = f"{w.name}有{a}{w.box}{thing}，每{w.box}10{unit}，{w.got}{b}{unit}，一共有多少{unit}"
         sign, fact, more = "+", f"{a}{w.box}是{a}*10={a * 10}", f"又多{b}{unit}"
         a *= 10
     answer = {"*": a * b, "+": a + b, "-": a - b}[sign]
-    guess = b if sign == "*" else a  # the number that the fact ends in
+    guess = b if sign == "*" else a  # the number at the end of the fact
     careful = f"{CAREFUL}{fact}，\n{more}，\n{a}{sign}{b}={answer}"
     sloppy = rng.random() < (SLOPPY_SUMS if kind in ("sum", "rest") else SLOPPY)
     trace = write_trace(fact, guess, rng) if sloppy else write_trace(careful, answer, rng)
@@ -133,7 +135,7 @@ def make_problem(kind: str, rng: random.Random) -> Problem:
 
 
 def write_trace(thought: str, number: int, rng: random.Random) -> str:
-    """The completion, now and then with something wrong with its format."""
+    """The completion; a share of UNTIDY has a fault in its format."""
     untidy = [
         f"<think>\n{thought}\n</think><answer>{number}</answer>",
         f"<think>{thought}</think>\n<answer>\n{number}\n</answer>",
@@ -146,14 +148,14 @@ def write_trace(thought: str, number: int, rng: random.Random) -> str:
 
 
 def normal_form(question: str) -> str:
-    """The question without punctuation: two that differ only there are one question."""
+    """The question without its punctuation. Questions that differ only there count as one."""
     return "".join(filter(str.isalnum, question))
 
 
 def draw_problems(part: str, count: int) -> list[Problem]:
-    """Different questions of one part (`test`, `train` or `traces`), as many of each kind.
+    """Different questions of one part (`test`, `train` or `traces`), equally many of each kind.
 
-    A question's own text decides which part it belongs to, so that no two parts can share one.
+    A hash of the question decides to which part it belongs, so no two parts share a question.
     """
     rng, problems = random.Random(f"{SEED} {part}"), {}
     while len(problems) < count:
@@ -164,40 +166,45 @@ def draw_problems(part: str, count: int) -> list[Problem]:
     return list(problems.values())
 
 
-def folders(base: Path) -> tuple[str, str]:
-    """Where the demo's model and data set lie, or will lie."""
-    return str(base / "model"), str(base / "data")
+def folders(cache: Path) -> tuple[str, str]:
+    """The folders of the demo's model and data set, made already or not."""
+    return str(cache / "model"), str(cache / "data")
 
 
-def make_demo(folder: str | Path, steps: int = SFT_STEPS) -> tuple[str, str]:
-    """The folders of the base model and of the data set; made in `folder` once, and anew after what makes them changed.
+def make_demo(cache: str | Path, steps: int = SFT_STEPS) -> tuple[str, str]:
+    """Make the demo's model and data set in `cache` where they are not there yet; returns their folders."""
+    model, data = folders(Path(cache))
+    make_once(Path(data), save_questions)
+    make_once(Path(model), lambda folder: teach_base(draw_problems("traces", TRACES), steps, folder))
+    return model, data
 
-    Both are renamed into place at the end, so that nothing half-made looks complete.
+
+def make_once(folder: Path, make: Callable[[Path], None]) -> None:
+    """Call `make` for a folder that is not there, or that was made with another fingerprint.
+
+    The folder gets its name when it is complete. One without the file made_by belongs to a person and is left alone.
     """
-    model_folder, data_folder, unfinished = (Path(folder, name) for name in ("model", "data", "unfinished"))
-    seal = model_folder / "made_by"  # of the model folder, since that is renamed last
-    if not (data_folder.exists() and seal.exists() and seal.read_text() == fingerprint()):
-        what = "making problems and a tiny model" + (" anew: the demo has changed" if model_folder.exists() else "")
-        print(f"base: {what}, in {folder}, once", flush=True)
-        for leftover in (model_folder, data_folder, unfinished):
-            shutil.rmtree(leftover, ignore_errors=True)
-        save_questions(unfinished / "data")
-        teach_base(draw_problems("traces", TRACES), steps, unfinished / "model")
-        (unfinished / "model" / seal.name).write_text(fingerprint())
-        (unfinished / "data").rename(data_folder)
-        (unfinished / "model").rename(model_folder)
-        shutil.rmtree(unfinished)
-    return str(model_folder), str(data_folder)
+    made_by, unfinished = folder / "made_by", folder.with_name(f"unfinished-{folder.name}")
+    if folder.exists() and (not made_by.exists() or made_by.read_text() == fingerprint()):
+        return
+    print(f"base: making {folder}" + (" anew, because the demo has changed" if folder.exists() else ""), flush=True)
+    for leftover in (folder, unfinished):
+        shutil.rmtree(leftover, ignore_errors=True)
+    make(unfinished)
+    (unfinished / made_by.name).write_text(fingerprint())
+    unfinished.rename(folder)
 
 
 def fingerprint() -> str:
-    """Tells apart what makes a base: the prompt and this file, but for the recipes, which are to be played with."""
-    source = re.sub(r"^(SFT_)?RECIPE = \{.*?^\}", "", Path(__file__).read_text(encoding="utf-8"), flags=re.M | re.S)
+    """A hash of what the demo's models depend on: the prompt, pretraining.py, and this file without its recipes."""
+    files = [Path(__file__).with_name(name) for name in ("demo.py", "pretraining.py")]
+    source = "".join(file.read_text(encoding="utf-8") for file in files)
+    source = re.sub(r"^(SFT_)?RECIPE = \{.*?^\}", "", source, flags=re.M | re.S)
     return hashlib.sha256((source + CHATML_TEMPLATE + str(todays_prompt())).encode()).hexdigest()
 
 
 def save_questions(folder: Path) -> None:
-    """The data set: questions and labels, in the columns of the hub's."""
+    """Write the data set: the splits `train` and `test`, with the columns of the one on the hub."""
     from datasets import Dataset, DatasetDict, disable_progress_bars
 
     disable_progress_bars()
@@ -207,29 +214,44 @@ def save_questions(folder: Path) -> None:
     data.save_to_disk(folder)
 
 
+def make_untrained(texts: Iterable[str], shape: dict, end: str) -> tuple:
+    """A Qwen2 with random weights, and a tokenizer whose vocabulary is learned from `texts`.
+
+    Args:
+        shape: the arguments of Qwen2Config for the size.
+        end: the token that ends a text. <|endoftext|> makes a base model: as in Qwen's, padding is the same token.
+    """
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    # Qwen2's own class, because AutoTokenizer reads the folder of a Qwen2 as that class
+    special = {"eos_token": end, "pad_token": "<|endoftext|>", "extra_special_tokens": ["<|im_start|>"]}
+    tokenizer = transformers.Qwen2Tokenizer(**special).train_new_from_iterator(texts, VOCABULARY, show_progress=False)
+    ends = {"eos_token_id": tokenizer.eos_token_id}
+    if tokenizer.pad_token != end:  # else the embedding of the end token would not be trained
+        ends["pad_token_id"] = tokenizer.pad_token_id
+    torch.manual_seed(SEED)
+    config = transformers.Qwen2Config(vocab_size=len(tokenizer), tie_word_embeddings=True, **shape, **ends)
+    model = transformers.Qwen2ForCausalLM(config)
+    model.generation_config = transformers.GenerationConfig(**ends)
+    return model, tokenizer
+
+
 def teach_base(traces: list[Problem], steps: int, folder: Path) -> None:
-    """Train a tokenizer and a model to imitate the traces. On one CPU thread everywhere, so that there is one base."""
+    """Train a model to imitate the traces, on one CPU thread, so that every machine makes the same model."""
     import torch
     import transformers
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     rows = [
         {"prompt": to_prompt(p.question), "completion": [{"role": "assistant", "content": p.trace}]} for p in traces
     ]
     turns = (turn for row in rows for turn in todays_prompt() + row["prompt"] + row["completion"])
-    texts = (text for turn in turns for text in turn.values())
-    # Qwen2's own class, since AutoTokenizer reads every Qwen2 folder as that, whatever the files in it say
-    special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "extra_special_tokens": ["<|im_start|>"]}
-    tokenizer = transformers.Qwen2Tokenizer(**special).train_new_from_iterator(texts, VOCABULARY, show_progress=False)
+    model, tokenizer = make_untrained((text for turn in turns for text in turn.values()), SHAPE, "<|im_end|>")
     tokenizer.chat_template = carry_prompt(CHATML_TEMPLATE, todays_prompt())
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    torch.manual_seed(SEED)
-    shape = transformers.Qwen2Config(vocab_size=len(tokenizer), tie_word_embeddings=True, **SHAPE, **ends)
-    model = transformers.Qwen2ForCausalLM(shape)
-    model.generation_config = transformers.GenerationConfig(**ends)
 
     class Progress(transformers.TrainerCallback):
         def on_log(self, args, state, control, logs, **kwargs):
@@ -237,7 +259,7 @@ def teach_base(traces: list[Problem], steps: int, folder: Path) -> None:
                 print(f"base: step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.3f}", flush=True)
 
     config = SFTConfig(
-        output_dir=str(folder.parent / "sft"),
+        output_dir=str(folder),
         seed=SEED,
         use_cpu=True,
         bf16=False,
@@ -248,17 +270,15 @@ def teach_base(traces: list[Problem], steps: int, folder: Path) -> None:
         lr_scheduler_type="cosine",
         warmup_steps=30,
         adam_beta2=0.98,
-        completion_only_loss=True,
         save_strategy="no",
         logging_steps=50,
-        report_to="none",
         disable_tqdm=True,
     )
     data = Dataset.from_list(rows)
     trainer = SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer, callbacks=[Progress()])
     trainer.remove_callback(transformers.PrinterCallback)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # no slower for so small a model, and several times faster on a busy machine
+    torch.set_num_threads(1)  # as fast for so small a model, and several times faster on a busy machine
     trainer.train()
     torch.set_num_threads(threads)
     model.config.use_cache = True  # the trainer switched it off

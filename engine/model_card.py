@@ -14,17 +14,22 @@ from engine.templates import render
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Ollama's templates are Go's. Each question stands alone, as in training and in chat.py: only the last one is sent.
+# In the language of Go, for Ollama. Only the last question is sent, because the model knows no conversations.
 LAST_QUESTION = (
     '{{ $question := "" }}{{ range .Messages }}{{ if eq .Role "user" }}{{ $question = .Content }}{{ end }}{{ end }}'
 )
+# What the card shows of recipe.json.
+SETTINGS = (
+    "QUESTIONS_PER_STEP COMPLETIONS_PER_QUESTION ROWS_PER_STEP LEARNING_RATE USE_LORA LORA_LEARNING_RATE LORA_RANK "
+    "REWARDS REWARD_WEIGHTS SEED versions"
+).split()
 
 
 def modelfile(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> str:
-    """What `ollama create` reads: the saved model, the prompt that it was trained under, greedy decoding, the end.
+    """What `ollama create` reads: the saved model, its prompt, greedy decoding of at most `max_tokens`, the end token.
 
-    The template is said because Ollama finds none in what transformers 5 saves, the penalty because its older versions
-    punish repetition unasked, also at temperature 0.
+    Ollama finds no chat template in what transformers 5 saves, and its older versions have a repetition penalty by
+    default, which acts at temperature 0 too.
     """
     question = [{"role": "user", "content": "{{ $question }}"}]
     return f'''\
@@ -46,38 +51,32 @@ def model_card(recipe: dict, results: dict) -> str:
         results: its results.json.
     """
     base, dataset = recipe["MODEL"], recipe["DATASET"]
-    grpo = "REWARD_WEIGHTS" in recipe
+    method = "GRPO" if "REWARD_WEIGHTS" in recipe else "SFT"
     metadata = ModelCardData(
         language="zh",
         library_name="transformers",
         pipeline_tag="text-generation",
         base_model=base if is_hub_id(base) else None,
         datasets=[dataset] if is_hub_id(dataset) else None,
-        tags=["trl", "grpo" if grpo else "sft"],
+        tags=["trl", method.lower()],
     )
+    figures = "".join(
+        f"| {when} | {e['strict']:.1%} | {e['strict_ci95'][0]:.1%} to {e['strict_ci95'][1]:.1%} "
+        f"| {e['flexible']:.1%} | {e['format']:.1%} | {e['mean_tokens']:.0f} |\n"
+        for when, e in (("before", results["before"]), ("after", results["after"]))
+    )
+    settings = {name: recipe[name] for name in SETTINGS if name in recipe}
+    settings |= {"steps": results["steps"], "seconds": round(results["train_seconds"]), "device": results["device"]}
+    rows = "".join(f"| {name} | {value} |\n" for name, value in settings.items())
+    # of a folder only the name, because the folders of this machine mean nothing elsewhere
     base, dataset = (name if is_hub_id(name) else Path(name).name for name in (base, dataset))
-    if grpo:
-        what = f"GRPO on {dataset}"
-        step = f"{recipe['QUESTIONS_PER_STEP']} questions x {recipe['COMPLETIONS_PER_QUESTION']} completions"
-    else:
-        what = f"supervised fine-tuning on {Path(recipe['TRACES']).name}"
-        step = f"{recipe['ROWS_PER_STEP']} rows"
-    settings = settings_of(recipe, results, step)
     question = json.dumps([{"role": "user", "content": recipe["PROBE_QUESTION"]}], ensure_ascii=False)
-    figures = ""
-    for when in ("before", "after"):
-        e = results[when]
-        figures += (
-            f"| {when} | {e['strict']:.1%} | {e['strict_ci95'][0]:.1%} to {e['strict_ci95'][1]:.1%} "
-            f"| {e['flexible']:.1%} | {e['format']:.1%} | {e['mean_tokens']:.0f} |\n"
-        )
-    rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
     return f"""\
 ---
 {metadata}
 ---
 
-# {base} after {what}
+# {base} after {method}
 
 {results["after"]["n"]} test questions of {dataset}, answered greedily. *strict*: the number inside the one answer block
 equals the label; *flexible*: where there is no such number, the last one in the text counts.
@@ -88,7 +87,6 @@ equals the label; *flexible*: where there is no such number, the last one in the
 | | |
 | --- | --- |
 {rows}
-
 `recipe/` holds every constant and the scripts that made this model, `results.json` its figures.
 
 ## How to use it
@@ -108,23 +106,6 @@ print(answer[0]["generated_text"][-1]["content"])
 ollama create r1-zh -f Modelfile && ollama run r1-zh
 ```
 """
-
-
-def settings_of(recipe: dict, results: dict, step: str) -> dict[str, object]:
-    """What made the model, by name; `step` is one optimizer step in words."""
-    rate = recipe["LORA_LEARNING_RATE"] if recipe["USE_LORA"] else recipe["LEARNING_RATE"]
-    settings = {
-        "steps": f"{results['steps']}, each of {step}",
-        "trained": f"LoRA rank {recipe['LORA_RANK']}, merged" if recipe["USE_LORA"] else "all weights",
-        "learning rate": f"{rate:g} at its peak",
-        "seed": recipe["SEED"],
-        "time": f"{results['train_seconds'] / 60:.0f} minutes on {results['device']}",
-        "versions": ", ".join(f"{name} {version}" for name, version in recipe["versions"].items()),
-    }
-    if "REWARD_WEIGHTS" in recipe:
-        weights = zip(recipe["REWARDS"], recipe["REWARD_WEIGHTS"], strict=True)
-        settings["weights of the rewards"] = ", ".join(f"{name} {weight:g}" for name, weight in weights)
-    return settings
 
 
 def is_hub_id(name: str) -> bool:

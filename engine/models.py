@@ -13,7 +13,7 @@ from engine.templates import (
     fit_template,
     keep_tags,
     own_template,
-    prompt_of,
+    prompt_turns,
     todays_prompt,
     trained_recipe,
 )
@@ -28,9 +28,9 @@ def pick_device(cpu: bool, bf16: bool = True) -> tuple[torch.device, torch.dtype
     """The device to compute on, and the dtype of autocast there (None: float32 throughout).
 
     Args:
-        cpu: stay on the CPU (--cpu).
-        bf16: autocast where the device has units for it (BF16). Emulated it would be slower than float32; and fp16,
-            all that a V100 or T4 has, would need loss scaling and overflows.
+        cpu: stay on the CPU.
+        bf16: autocast to bf16 where the device computes it in hardware. Emulated it is slower than float32, and fp16,
+            which is all that a V100 or T4 has, overflows without loss scaling.
     """
     import torch
 
@@ -38,73 +38,62 @@ def pick_device(cpu: bool, bf16: bool = True) -> tuple[torch.device, torch.dtype
         units = torch.cpu.get_capabilities()
         device, fast = torch.device("cpu"), units.get("avx512_bf16", False) or units.get("amx_bf16", False)
     else:
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for each width: half a second every time
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every new width, which takes half a second
         device, fast = torch.device("cuda"), torch.cuda.is_bf16_supported(including_emulation=False)
     return device, torch.bfloat16 if bf16 and fast else None
-
-
-def describe_precision(device: torch.device, autocast: torch.dtype | None, bf16: bool) -> str:
-    """What `pick_device` chose, and why, for a person."""
-    if autocast:
-        return "float32 weights, bf16 autocast (it has units for that)"
-    if not bf16:
-        return "float32 (BF16 = False)"
-    return "float32 (no bf16 units" + ("; fp16 would overflow)" if device.type == "cuda" else ")")
 
 
 def load_model(
     name: str, dtype: torch.dtype | None = None, prompt: list[dict] | None = None, free: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model and its tokenizer, from a hub id, a saved model, a checkpoint or a LoRA adapter folder, which is merged.
+    """A model and its tokenizer, from a hub id, a saved model, a checkpoint or an adapter, which is merged.
 
-    Its chat template leaves our texts as they are (`templates.fit_template`) and carries the prompt of its training.
+    The chat template writes our texts as they stand (`templates.fit_template`) and carries the prompt of the training.
 
     Args:
-        dtype: of the weights, which are read in it. Buffers stay in float32, because rounded positions are wrong ones.
-            None: float32, although transformers would load bf16, in which updates of 1e-6 vanish.
+        dtype: of the weights; buffers stay in float32. None: float32, because updates of 1e-6 vanish in bf16.
         prompt: the turns before a question, for a model that carries none; None: those of prompts.py.
-        free: the model is asked without our prompt, and its own template may do what it wants.
+        free: the model is asked without a prompt of ours, and keeps its own template.
 
     Raises:
-        UserError: nothing loadable there, weights missing, or a tokenizer or template that does not fit.
+        UserError: no loadable model there, missing weights, or a tokenizer or template that does not fit.
     """
     from transformers import AutoModelForCausalLM
 
     model, tokenizer = _load(AutoModelForCausalLM, name, dtype)
     turns = carried_prompt(tokenizer.chat_template or "")
-    if turns is None:  # not trained here: its limit is meant for other prompts
-        turns = prompt_of(name, untrained=prompt or todays_prompt())
-        old = trained_recipe(name)  # or trained before the template carried the prompt
-        model.generation_config.max_new_tokens = old.get("MAX_COMPLETION_TOKENS")
+    if turns is None:
+        old = trained_recipe(name)  # {}, or of a model that was trained before templates carried the prompt
+        turns = prompt or todays_prompt()
+        if "SYSTEM_PROMPT" in old:
+            turns = prompt_turns(old["SYSTEM_PROMPT"], old.get("EXAMPLE", []))
+        model.generation_config.max_new_tokens = old.get("MAX_COMPLETION_TOKENS")  # its own is meant for other prompts
     else:
         tokenizer.chat_template = own_template(tokenizer.chat_template)
+    if prompt not in (None, turns):
+        note(f"{name!r} is asked under the prompt of its training; prompts.py has another one")
     check_tokenizer(model, tokenizer, name, free)
     if not free:
         tokenizer.chat_template = carry_prompt(tokenizer.chat_template, turns)
-    model.config.use_cache = True  # a Trainer leaves False in the checkpoints that it writes
+    model.config.use_cache = True  # a Trainer writes False into its checkpoints
     rope = getattr(model.config, "rope_parameters", None) or {}
-    if "rope_theta" in rope:  # saved once more where Ollama and transformers 4 look for it, at the top of config.json
+    if "rope_theta" in rope:  # Ollama and transformers 4 look for it at the top of config.json
         model.config.rope_theta = rope["rope_theta"]
     return model, tokenizer
 
 
 def load_reward_model(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model that gives a conversation one score, and its tokenizer, from a hub id or a folder.
-
-    Raises:
-        UserError: as in `load_model`; a causal model among them, whose scores would be random.
-    """
+    """A model that gives a conversation one score, and its tokenizer. Raises UserError as `load_model` does."""
     from transformers import AutoModelForSequenceClassification
 
     model, tokenizer = _load(AutoModelForSequenceClassification, name, dtype)
-    tokenizer.chat_template = own_template(tokenizer.chat_template or "") or None  # it judges an answer, not our prompt
+    tokenizer.chat_template = own_template(tokenizer.chat_template or "") or None  # without a prompt of ours
     check_tokenizer(model, tokenizer, name)
     if model.config.num_labels != 1:
         raise UserError(
-            f"REWARD_MODEL {name!r} sorts into {model.config.num_labels} classes, a reward model gives one score; "
-            "name another"
+            f"REWARD_MODEL {name!r} has {model.config.num_labels} outputs, and a reward model has one; name another"
         )
-    model.config.pad_token_id = tokenizer.pad_token_id  # the score is read at the last token that is not this one
+    model.config.pad_token_id = tokenizer.pad_token_id  # the model reads the score at the last token before padding
     return model, tokenizer
 
 
@@ -117,7 +106,7 @@ def _load(kind: type, name: str, dtype: torch.dtype | None) -> tuple[PreTrainedM
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     dtype = dtype or torch.float32
-    safe = {"trust_remote_code": False, "use_safetensors": True}  # a script or a pickle could do anything
+    safe = {"trust_remote_code": False, "use_safetensors": True}  # a script or a pickle could run anything
     wrong: list[str] = []
     base = fault = ""
     try:
@@ -126,12 +115,12 @@ def _load(kind: type, name: str, dtype: torch.dtype | None) -> tuple[PreTrainedM
 
             base = str(PeftConfig.from_pretrained(name).base_model_name_or_path)
             model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=torch.float32, **safe).merge_and_unload()
-            if Path(name, "generation_config.json").is_file():  # else it is the base's
+            if Path(name, "generation_config.json").is_file():
                 model.generation_config = GenerationConfig.from_pretrained(name)
-            for parameter in model.parameters():  # no sooner: small updates would round away before they are added
+            for parameter in model.parameters():  # after the merge, because small updates would round away before it
                 parameter.data = parameter.data.to(dtype)
         else:
-            safe |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # it would say less
+            safe |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # for the message below
             model, found = kind.from_pretrained(name, dtype=dtype, **safe)
             wrong = sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])])
         base, fault = "", "its tokenizer is missing or damaged: "
@@ -144,29 +133,27 @@ def _load(kind: type, name: str, dtype: torch.dtype | None) -> tuple[PreTrainedM
             where = f"adapter of {base!r}, no folder in {str(Path.cwd())!r}"
             remedy = "Mend base_model_name_or_path in its adapter_config.json, or set HF_ENDPOINT if that is a hub id"
         raise UserError(f"cannot load the model {name!r} ({where}): {fault}{first_line(error)}. {remedy}") from error
-    if wrong:  # they would be random numbers
+    if wrong:  # transformers has filled them with random numbers
         raise UserError(
-            f"the weights of {name!r}, a {' or '.join(model.config.architectures or ['model'])}, do not make a "
-            f"{type(model).__name__}: {len(wrong)} are missing or of another shape, such as {wrong[0]}; get the model "
-            "again, or name another"
+            f"the weights of {name!r} do not make a {type(model).__name__}: {len(wrong)} are missing or of another "
+            f"shape, such as {wrong[0]}; get the model again, or name another"
         )
     return model, tokenizer
 
 
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, free: bool = False) -> None:
-    """Gives a tokenizer a fitting template, and one that pads with its end token another token for that.
+    """Give a tokenizer a fitting template, and a token for padding that is not its end token.
 
-    Raises:
-        UserError: the tokenizer cannot serve this model.
+    Raises UserError if the tokenizer does not belong to this model.
     """
     ids, rows = set(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
-    ends = model.generation_config.eos_token_id if model.can_generate() else None  # a reward model does not
+    ends = model.generation_config.eos_token_id if model.can_generate() else None  # None for a reward model
     ends = {end for end in (ends if isinstance(ends, list) else [ends]) if end is not None}
     fault = ""
     if max(ids) >= rows:
         fault = f"its ids go up to {max(ids)}, and the model knows {rows} tokens"
     elif ends - ids:
-        fault = f"the model ends with token {min(ends - ids)}, which it has not"
+        fault = f"the model ends with token {min(ends - ids)}, which it does not have"
     elif tokenizer.eos_token is None:
         fault = "it has no end token"
     if fault:
@@ -174,39 +161,34 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     if model.can_generate():
         keep_tags(tokenizer)
         fit_template(tokenizer, ends, name, free)
-    elif not tokenizer.chat_template:  # a reward model reads what it judges through its own template, or not at all
+    elif not tokenizer.chat_template:
         raise UserError(f"the tokenizer of {name!r} has no chat template; name a reward model of conversations")
-    if tokenizer.pad_token in (None, tokenizer.eos_token):  # padding would look like ends: the model forgets to stop
+    if tokenizer.pad_token in (None, tokenizer.eos_token):  # else the model does not learn to stop
         special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         others = [token for token in special if token != tokenizer.eos_token]
         if not others:
-            raise UserError(f"the tokenizer of {name!r} has no special token to pad with but its end token; add one")
+            raise UserError(f"the tokenizer of {name!r} has no special token but its end token; add one to pad with")
         old = tokenizer.pad_token
         tokenizer.pad_token = next((token for token in others if "pad" in token or "endoftext" in token), others[0])
         note(f"the tokenizer of {name!r} pads with {old}; here {tokenizer.pad_token} does")
 
 
 def check_positions(model: PreTrainedModel, what: str, **tokens: int) -> None:
-    """Raises UserError where a model, called `what`, has fewer positions than texts may have `tokens` in all."""
+    """Raises UserError where the model, called `what`, has fewer positions than these numbers of tokens together."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and 0 < positions < sum(tokens.values()):  # some say -1 where they have no limit
+    if positions is not None and 0 < positions < sum(tokens.values()):  # -1 means no limit
         longest = " + ".join(f"{name} {count}" for name, count in tokens.items())
         raise UserError(f"{what} reads at most {positions} tokens, fewer than {longest}; lower these, or name another")
 
 
 def drop_long(questions: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int, at_least: int) -> Dataset:
-    """The questions whose prompts have at most `limit` tokens (MAX_PROMPT_TOKENS).
-
-    Raises:
-        UserError: fewer than `at_least` (QUESTIONS_PER_STEP) are left, too few for a single step.
-    """
-    prompts = encode(tokenizer, questions["prompt"][:])  # all in one call, twice as fast as one each
+    """The questions whose prompts have at most `limit` tokens. Raises UserError if fewer than `at_least` are left."""
+    prompts = encode(tokenizer, questions["prompt"][:])
     kept = questions.select([i for i, ids in enumerate(prompts) if len(ids) <= limit])
     if len(kept) < at_least:
         dropped = len(questions) - len(kept)
         raise UserError(
             f"{len(kept)} training questions are fewer than QUESTIONS_PER_STEP {at_least} ({dropped} longer than "
-            f"MAX_PROMPT_TOKENS {limit} were dropped); change these in train_grpo.py, or pass a larger --dataset "
-            "(for a larger `learnable` the same make_traces.py with a higher --limit)"
+            f"MAX_PROMPT_TOKENS {limit} were dropped); change these in train_grpo.py, or pass a larger --dataset"
         )
     return kept

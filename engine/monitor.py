@@ -28,7 +28,6 @@ from transformers import TrainerCallback
 from engine.accuracy import describe, evaluate
 from engine.checkpoints import failure_of, write_text
 from engine.console import UserError
-from engine.models import describe_precision
 from engine.numbers import extract_answer, thinking_of
 from engine.questions import to_prompt
 
@@ -282,7 +281,7 @@ class RunMonitor(TrainerCallback):
         """One block that says what is about to happen."""
         recipe, trainer = self.recipe, self.trainer
         device = trainer.accelerator.device
-        precision = describe_precision(device, torch.bfloat16 if trainer.args.bf16 else None, recipe.BF16)
+        precision = "float32 weights, bf16 autocast" if trainer.args.bf16 else "float32"
         print(
             f"model      {recipe.MODEL} ({f'LoRA rank {recipe.LORA_RANK}' if recipe.USE_LORA else 'all weights'})",
             f"data       {data}, {len(self.dev)} development and {len(self.test)} test questions",
@@ -510,7 +509,7 @@ class Monitor(RunMonitor):
         )
 
     def speed(self) -> dict:
-        tokens, seconds = self.rollout.tokens, self.rollout.seconds  # of vLLM's nothing is known
+        tokens, seconds = self.rollout.tokens, self.rollout.seconds
         return {"generated_tokens_per_second": round(tokens / max(seconds, 1e-9))}
 
     def show_more(self, step: int) -> None:

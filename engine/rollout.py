@@ -1,69 +1,63 @@
 """How completions are made: one decode loop for training, evaluation and chat.
 
-TRL's own path calls `model.generate`, which launches every small kernel of every token from Python and, under
-autocast, casts every weight again for every token. Here instead
+`model.generate`, which TRL calls, launches every small kernel of every token from Python. Under autocast it also casts
+every weight again for every token. The loop here is faster for three reasons:
 
-1. a *shadow* of the policy, the same architecture on the trainer's own tensors, runs the forward pass. Where training
-   autocasts, its linear layers hold copies in that lower precision, LoRA's included, so that it rounds as the trainer
-   rounds, but casts once per generation instead of once per token;
-2. each distinct prompt is read once, and its keys and values are copied to all of its completions;
-3. on CUDA one decode step is captured as a graph and replayed; elsewhere the same step runs eagerly, and rows that
-   have finished are dropped on the way.
+1. A *shadow* of the policy runs the forward pass: the same architecture on the trainer's own tensors. Where training
+   autocasts, its linear layers hold copies in the lower precision, so that it rounds as the trainer rounds, but casts
+   once per generation.
+2. Each distinct prompt is read once, and its keys and values are copied to all of its completions.
+3. On CUDA one decode step is captured as a graph and replayed. Elsewhere the step runs eagerly, and finished rows are
+   dropped.
 
-`Rollout` is what GRPOTrainer gets as `rollout_func`. What `why_not` names is left to TRL's own path.
+`Rollout` is what GRPOTrainer gets as `rollout_func`. What `why_not` names is left to `model.generate`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import functools
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from peft.tuners.lora import LoraLayer
+from peft import PeftModel, inject_adapter_in_model
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.console import first_line, note
 from engine.models import check_positions
 from engine.templates import encode
 
-if TYPE_CHECKING:  # chat and evaluation need not wait for it
+if TYPE_CHECKING:  # chat and evaluation do not wait for the import of TRL
     from transformers import Trainer, TrainingArguments
     from trl import GRPOTrainer
 
-CHECK_EVERY = 4  # tokens between two looks at which rows have finished; a look makes a GPU wait some microseconds
-WARM_UP = 2  # steps before a capture: what is made on first use must be there
-
+CHECK_EVERY = 4  # tokens between two looks at which rows have finished; each look makes a GPU wait for microseconds
+WARM_UP = 2  # steps before a capture; they allocate what PyTorch allocates on first use
 TRIED = ("llama", "qwen2", "qwen3")  # the architectures that tests/test_rollout.py compares with model.generate
 
 
 def why_not(model: PreTrainedModel, args: TrainingArguments | None = None) -> str | None:
-    """Why the loop below does not cover this model (and this training run, if `args` is given); None where it does."""
-    if args is not None:
-        neutral = {"top_k": (0, None), "top_p": (1.0,), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
-        for name, values in neutral.items():
-            if getattr(args, name, values[0]) not in values:  # SFTConfig has none of these
-                return f"{name}={getattr(args, name)}"
-        for name in ("generation_kwargs", "cache_implementation", "use_transformers_continuous_batching"):
-            if getattr(args, name, None):
-                return f"{name} is set"
-    for adapter in getattr(model, "peft_config", {}).values():
-        special = ("lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
-        if adapter.peft_type != "LORA" or any(getattr(adapter, name, None) for name in special):
-            return "the adapter is not a plain LoRA"
-    for layer in _lora_layers(model):  # a variant is DoRA and the like
-        if layer.lora_variant or not isinstance(layer.get_base_layer(), torch.nn.Linear):
-            return "the adapter is not a plain LoRA of linear layers"
-    base = _base(model)
-    if getattr(base, "is_quantized", False):
+    """Why the loop below does not cover this model, or the training run of `args`; None where it does."""
+    settings = {"top_k": (0, None), "top_p": (1.0,), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
+    for name in ("generation_kwargs", "cache_implementation", "use_transformers_continuous_batching"):
+        settings[name] = (None, False, {})
+    for name, neutral in settings.items():
+        if (value := getattr(args, name, neutral[0])) not in neutral:  # SFTConfig has none of these
+            return f"{name}={value}"
+    adapters = list(getattr(model, "peft_config", {}).values())
+    special = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
+    for adapter in adapters:
+        if len(adapters) > 1 or adapter.peft_type != "LORA" or any(getattr(adapter, name, None) for name in special):
+            return "the adapter is not a single plain LoRA"
+    if getattr(model, "is_quantized", False):
         return "the weights are quantized"
-    layers = set(getattr(base.config, "layer_types", None) or ["full_attention"])
-    rope = (getattr(base.config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if base.config.model_type not in TRIED:
-        return f"not tried with a {base.config.model_type} model"
+    layers = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+    rope = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if model.config.model_type not in TRIED:
+        return f"not tried with a {model.config.model_type} model"
     if layers != {"full_attention"}:
         return "a sliding window limits its attention"
     if rope in ("dynamic", "longrope"):
@@ -71,97 +65,45 @@ def why_not(model: PreTrainedModel, args: TrainingArguments | None = None) -> st
     return None
 
 
-def _base(model: PreTrainedModel) -> PreTrainedModel:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _lora_layers(model: PreTrainedModel) -> list[LoraLayer]:
-    return [module for module in model.modules() if isinstance(module, LoraLayer)]
-
-
-def _adapters(layer: LoraLayer) -> list[tuple[str, float]]:
-    """Names and scales of the adapters that a LoRA layer adds to the output of its base layer."""
-    if layer.merged or layer.disable_adapters:
-        return []
-    return [(name, layer.scaling[name]) for name in layer.active_adapters if name in layer.lora_A]
-
-
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a completion: the model's own and the tokenizer's, as in TRL."""
-    ids = model.generation_config.eos_token_id
-    return list({*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None})
-
-
 def _cut(row: list[int], eos: list[int]) -> list[int]:
     return row[: next((i + 1 for i, token in enumerate(row) if token in eos), len(row))]
 
 
-def _free_share(device: torch.device, spoken_for: int) -> float:
-    """The share of a card that can still be had: what nobody holds or PyTorch holds unused, less `spoken_for` bytes."""
+def _free_share(device: torch.device) -> float:
+    """The share of a GPU's memory that is free, or that PyTorch holds unused."""
     free, total = torch.cuda.mem_get_info(device)
-    return (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) - spoken_for) / total
-
-
-def _bytes_to_come(trainer: Trainer) -> int:
-    """What the next optimizer step adds to what is held: gradients, and before the first one Adam's two moments too."""
-    trained = sum(weight.nbytes for weight in trainer.model.parameters() if weight.requires_grad)
-    return trained if getattr(trainer.optimizer, "state", None) else 3 * trained
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The one stream for all captures: each stream keeps a workspace for matrix products of its own."""
-    return torch.cuda.Stream(device)
-
-
-class LoraLinear(torch.nn.Linear):
-    """A linear layer and its adapters, computed as PEFT's own forward does.
-
-    Merged into a weight in bf16 most of an adapter would round away: its values lie far below the weight's last bit.
-    """
-
-    def __init__(self, linear: torch.nn.Linear, low_rank: list[tuple[torch.Tensor, torch.Tensor, float]]):
-        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, linear.weight.device)
-        self.low_rank = low_rank  # for each adapter A (rank, in features), B (out features, rank) and its scale
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., in features) -> (..., out features)"""
-        output = base = super().forward(x)
-        for a, b, scale in self.low_rank:
-            low = torch.nn.functional.linear(x.to(a.dtype), a)
-            output = output + torch.nn.functional.linear(low, b) * scale
-        return output.to(base.dtype)
+    return (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) / total
 
 
 class Batch:
-    """The rows of one generation and their keys and values; the model meets it as `past_key_values`.
+    """The rows of one generation and their keys and values. The model gets it as `past_key_values`.
 
-    B rows and S columns: a prompt padded on the left, then its completion, so that all rows write the same column.
-    That column is a tensor on the device: a captured step moves it on by itself.
+    There are B rows and S columns. A row is a prompt, padded on the left, and its completion, so all rows write the
+    same column at a time. The column's number is a tensor on the device, so a captured step can increase it.
     """
 
     def __init__(self, rows: int, columns: int, device: torch.device, dtype: torch.dtype | None = None):
-        self.dtype = dtype  # of keys and values; None: as the model makes them
-        self.keys: list[torch.Tensor] = []  # per layer (B, heads, S, head size), made by the first prompts
+        self.dtype = dtype  # of keys and values; None: the type that the model computes
+        self.keys: list[torch.Tensor] = []  # per layer (B, heads, S, head size); `update` allocates them
         self.values: list[torch.Tensor] = []
         self.tokens = torch.zeros(rows, columns, dtype=torch.long, device=device)
         self.done = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.live = torch.arange(rows, device=device)  # the rows that keys, values and pads still hold
+        self.live = torch.arange(rows, device=device)  # the rows that are still in keys, values and pads
         self.pads = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.column = torch.zeros(1, dtype=torch.long, device=device)
         self.columns = torch.arange(columns, device=device)
-        self.seen = columns  # attention looks at this many columns: all of them where shapes must not change
+        self.seen = columns  # attention reads this many columns; in a captured step all, since shapes are fixed
         self.temperature = torch.zeros((), device=device)
         self.greedy = True
-        self.source: torch.Tensor | None = None  # (B,) row -> its prompt, while prompts are read
+        self.source: torch.Tensor | None = None  # (B,) the prompt of each row, only while prompts are read
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store what a layer computed, return what it attends to. This is all of a cache that the model calls."""
-        if self.source is not None:  # (prompts, heads, width, head size): to every row of its prompt
+        """Store what a layer computed, and return what it attends to. The model calls no other method of a cache."""
+        if self.source is not None:  # key and value are (prompts, heads, width, head size)
             if layer == len(self.keys):
                 for new, stored in ((key, self.keys), (value, self.values)):
                     shape = (len(self.live), new.shape[1], self.tokens.shape[1], new.shape[3])
-                    # zeros: a masked column still takes part in attention as 0 x value, and 0 x NaN is NaN
+                    # zeros, because attention multiplies masked values by 0, and 0 x NaN is NaN
                     stored.append(new.new_zeros(shape, dtype=self.dtype))
             self.keys[layer][:, :, : key.shape[2]] = key[self.source]
             self.values[layer][:, :, : key.shape[2]] = value[self.source]
@@ -172,7 +114,7 @@ class Batch:
         return keys[:, :, : self.seen], values[:, :, : self.seen]
 
     def drop_finished(self) -> None:
-        """Only where every step runs eagerly: it changes shapes and addresses."""
+        """Free the finished rows. It changes shapes and addresses, so no captured step may follow."""
         keep = (~self.done[self.live]).nonzero()[:, 0]
         self.live, self.pads = self.live[keep], self.pads[keep]
         self.keys = [key[keep] for key in self.keys]
@@ -180,48 +122,37 @@ class Batch:
 
 
 class Sampler:
-    """The decode loop over a shadow of `model`, always with the weights that `model` has at that moment.
+    """The decode loop over a shadow of `model`. Every call uses the weights that `model` has at that moment.
 
     Args:
-        model: the policy, maybe wrapped by PEFT; it is never changed.
-        tokenizer: gives the ids for the end and for padding.
-        autocast: the precision the policy trains under, such as torch.bfloat16; None runs it as it is.
+        model: the policy, with or without a PEFT adapter; it is never changed.
+        tokenizer: gives the ids of the end and of padding.
+        autocast: the precision that the policy trains under, such as torch.bfloat16; None: that of its weights.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        autocast: torch.dtype | None = None,
-    ):
-        self.model, self.autocast = model, autocast
-        self.use_graph = True  # on CUDA one captured step is replayed, where its kernels would be launched one by one
-        self.to_come: Callable[[], int] | None = None  # bytes that training is yet to take; None where nothing trains
-        self.eos, self._pad = _eos_ids(model, tokenizer), tokenizer.pad_token_id
-        self._layout: tuple[list, list] | None = None  # of the model, when the shadow was built
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, autocast: torch.dtype | None = None):
+        self.model, self.tokenizer, self.autocast = model, tokenizer, autocast
+        ends = model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        self.eos = list({*ends, tokenizer.eos_token_id} - {None})  # the model's own and the tokenizer's, as in TRL
+        self.use_graph = True  # replay a captured step on CUDA
+        self.beside_training = False  # training needs memory on the same device
+        self.batch: Batch | None = None  # what the captured steps read and write
+        self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}  # greedy or not -> one captured step
+        self._side: torch.cuda.Stream | None = None  # one for all captures: each has a workspace for matrix products
+        self._addresses: list[int] = []  # of the model's tensors, when the shadow was built
 
-    def generate(
-        self,
-        prompt_ids: list[list[int]],
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        on_finished: Callable[[int], None] | None = None,
-    ) -> list[list[int]]:
-        """One completion per prompt, in order, its end token included; temperature 0 takes the likeliest token.
-
-        `on_finished` hears now and then how many more completions are finished; in the end that sums to all.
-        """
+    def generate(self, prompt_ids: list[list[int]], max_new_tokens: int, temperature: float = 0.0) -> list[list[int]]:
+        """One completion per prompt, in their order, with its end token. Temperature 0 takes the likeliest token."""
         if not prompt_ids:
             return []
-        *_, completions = self._decode(prompt_ids, max_new_tokens, temperature, on_finished)
-        if self.batch is not None and self.to_come is not None:
-            pooled = sum(graph.pooled for graph in self.graphs.values())
-            if _free_share(self.device, self.to_come() + pooled) < 0.25:
-                self.batch, self.graphs = None, {}  # training needs the room, a new capture but a fraction of a second
+        *_, completions = self._decode(prompt_ids, max_new_tokens, temperature)
+        if self.beside_training and self.batch is not None and _free_share(self.device) < 0.5:
+            self.batch, self.graphs = None, {}  # training needs this memory; a new capture takes 0.2 s
         return [_cut(row, self.eos) for row in completions.tolist()]
 
     def stream(self, prompt_ids: list[int], max_new_tokens: int, temperature: float = 0.0) -> Iterator[int]:
-        """The same for one prompt, token by token, without the end token."""
+        """The completion of one prompt, token by token, without the end token."""
         for completions in self._decode([prompt_ids], max_new_tokens, temperature):
             token = completions[0, -1].item()
             if token in self.eos:
@@ -230,57 +161,42 @@ class Sampler:
 
     @torch.no_grad()
     def _refresh(self) -> None:
-        """Bring the shadow's copies up to date. All else in it is the model's own and needs nothing."""
-        layers = _lora_layers(self.model)
-        for layer in layers:
-            if layer.merged and layer.disable_adapters:
-                layer.unmerge()  # as its own forward does
-        layout = [parameter.data_ptr() for parameter in self.model.parameters()], list(map(_adapters, layers))
-        if layout != self._layout:  # the first time, or moved, or other adapters: references and graphs are stale
-            self._layout = layout
+        """Bring the shadow's copies up to date. All its other tensors are the model's own."""
+        addresses = [parameter.data_ptr() for parameter in self.model.parameters()]
+        if addresses != self._addresses:  # the first call, or tensors have moved, or an adapter was merged
+            self._addresses = addresses
             self._build_shadow()
         for target, source in self.copies:
             target.copy_(source)
 
     def _build_shadow(self) -> None:
-        """A module of its own, so that nothing patched into the trainer's model acts here, and nothing here there."""
+        """Build a module of its own: what is patched into the trainer's model must not act here, nor the reverse."""
         self.device = next(self.model.parameters()).device
         self._ends = torch.tensor(self.eos, device=self.device)
-        self.batch: Batch | None = None  # what the graphs below read and write
-        self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}  # greedy or not -> one captured step
-        self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # in autocast's precision, and what they copy
-        base = _base(self.model)
-        with torch.device("meta"):  # the structure only; from a deep copy, for building writes into the config
-            self.shadow = type(base)._from_config(copy.deepcopy(base.config), attn_implementation="sdpa").eval()
-        for name, module in list(self.shadow.named_modules()):
+        self.batch, self.graphs = None, {}
+        self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # a copy in autocast's precision, and its original
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        with torch.device("meta"):  # without weights; the configs are copied because building changes them
+            self.shadow = type(base)._from_config(copy.deepcopy(base.config), attn_implementation="sdpa")
+            # Not merged: an adapter's values lie far below the last bit of a bf16 weight, and most would be lost.
+            for adapter, config in getattr(base, "peft_config", {}).items():
+                inject_adapter_in_model(copy.deepcopy(config), self.shadow, adapter)
+        self.shadow.eval()
+        for name, module in self.shadow.named_modules():
             owner, linear = base.get_submodule(name), isinstance(module, torch.nn.Linear)
-            if isinstance(owner, LoraLayer):
-                low_rank = [
-                    (self._lowered(owner.lora_A[adapter].weight), self._lowered(owner.lora_B[adapter].weight), scale)
-                    for adapter, scale in _adapters(owner)
-                ]
-                module = LoraLinear(module, low_rank)
-                self.shadow.set_submodule(name, module)
-                owner = owner.get_base_layer()
             for key, tensor in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
                 setattr(module, key, self._lowered(tensor) if linear else tensor)
 
     def _lowered(self, tensor: torch.nn.Parameter) -> torch.nn.Parameter:
-        """What stands for a linear layer's tensor: a copy where autocast would cast it for every token, else itself."""
+        """A low-precision copy of a linear layer's tensor under autocast, else the tensor itself."""
         if self.autocast in (None, tensor.dtype):
             return tensor
         target = torch.nn.Parameter(torch.empty_like(tensor, dtype=self.autocast), requires_grad=False)
         self.copies.append((target, tensor))
         return target
 
-    def _decode(
-        self,
-        prompt_ids: list[list[int]],
-        new: int,
-        temperature: float,
-        on_finished: Callable[[int], None] | None = None,
-    ) -> Iterator[torch.Tensor]:
-        """After every token the completions so far, (rows, tokens); a row that has ended holds anything after that."""
+    def _decode(self, prompt_ids: list[list[int]], new: int, temperature: float) -> Iterator[torch.Tensor]:
+        """Yield the completions so far, (rows, tokens), after every token. Behind a row's end token stands anything."""
         rows, width = len(prompt_ids), max(map(len, prompt_ids))
         check_positions(self.model, "the model", prompt=width, MAX_COMPLETION_TOKENS=new)
         self._refresh()
@@ -289,29 +205,21 @@ class Sampler:
         batch.temperature.fill_(temperature)
         self._prefill(batch, prompt_ids, width)
         graph = self._graph(batch) if self._replays() else None
-        finished = 0
         for count in range(1, new + 1):
-            yield batch.tokens[:rows, width : width + count]
+            yield batch.tokens[:, width : width + count]
             if count == new:
-                break
-            look = count % CHECK_EVERY == 0
-            if look:
-                ended = int(batch.done[:rows].sum())
-                if on_finished is not None:
-                    on_finished(ended - finished)
-                finished = ended
-                if finished == rows:
+                return
+            if count % CHECK_EVERY == 0:
+                running, live = rows - int(batch.done.sum()), len(batch.live)
+                if running == 0:
                     return
+                if graph is None and live - running > 0.1 * live:
+                    batch.drop_finished()
             if graph is not None:
                 graph.replay()
-                continue
-            live = len(batch.live)
-            if look and finished - (rows - live) > 0.1 * live:
-                batch.drop_finished()
-            batch.seen = width + count
-            self.step(batch)
-        if on_finished is not None:
-            on_finished(rows - finished)  # those that ended since the last look or are cut off
+            else:
+                batch.seen = width + count
+                self.step(batch)
 
     def _replays(self) -> bool:
         return self.use_graph and self.device.type == "cuda"
@@ -319,32 +227,26 @@ class Sampler:
     def _make_batch(self, rows: int, columns: int) -> Batch:
         if not self._replays():
             return Batch(rows, columns, self.device, self.autocast)
-        columns += WARM_UP  # a capture's warm-up writes behind the first token, however few tokens are wanted
-        old = self.batch
-        # a graph runs all its rows and columns, so one of up to twice the rows will do, a larger one wastes too much
-        if old is None or not len(old.done) / 2 < rows <= len(old.done) or columns > len(old.columns):
-            columns = max(columns, len(old.columns)) if old is not None else columns
-            self.batch, self.graphs, old = None, {}, None  # freed before the next one is allocated
-            self.batch = Batch(rows, -(-columns // 64) * 64, self.device, self.autocast)
+        columns = math.ceil((columns + WARM_UP) / 64) * 64  # the warm-up needs columns, even if one token is wanted
+        if self.batch is None or rows != len(self.batch.done) or columns > len(self.batch.columns):
+            self.batch, self.graphs = None, {}  # freed before the next one is allocated
+            self.batch = Batch(rows, columns, self.device, self.autocast)
         return self.batch
 
     def _prefill(self, batch: Batch, prompt_ids: list[list[int]], width: int) -> None:
-        """Read each distinct prompt once and pick the first token of every row."""
+        """Read each distinct prompt once, and pick the first token of every row."""
         index = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompt_ids)))}
-        source = [index[tuple(prompt)] for prompt in prompt_ids]
-        spare = len(batch.done) - len(source)  # rows of a captured batch that nobody asked for
-        batch.source = torch.tensor(source + source[-1:] * spare, device=self.device)
-        tokens = torch.tensor([[self._pad] * (width - len(prompt)) + list(prompt) for prompt in index])  # (P, width)
-        tokens = tokens.to(self.device)
+        batch.source = torch.tensor([index[tuple(prompt)] for prompt in prompt_ids], device=self.device)
+        padded = self.tokenizer.pad({"input_ids": list(map(list, index))}, padding_side="left", return_tensors="pt")
+        tokens = padded["input_ids"].to(self.device)  # (P, width)
         pads = torch.tensor([[width - len(prompt)] for prompt in index], device=self.device)  # (P, 1)
         columns = batch.columns[:width]
-        # a padding position attends to itself: with nothing at all to attend to it would be NaN
+        # A padding position attends to itself: its attention would be NaN if it attended to nothing.
         mask = (columns <= columns[:, None]) & (columns >= pads)[:, None] | (columns == columns[:, None])
         logits = self._forward(batch, tokens, (columns - pads).clamp(min=0), mask)
-        batch.pads.copy_(pads[batch.source])  # in place, here and below: a graph holds addresses
+        batch.pads.copy_(pads[batch.source])  # in place, here and below, because a graph holds addresses
         batch.column.fill_(width)
         batch.done.zero_()
-        batch.done[len(source) :] = True
         self._pick(batch, logits[batch.source])
         batch.source = None
 
@@ -358,7 +260,7 @@ class Sampler:
 
     @torch.no_grad()
     def _forward(self, batch: Batch, tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Logits (rows, vocabulary) after the last of `tokens` (rows, T); `mask` is (rows, T, columns), True = seen."""
+        """Logits (rows, vocabulary) after the last of `tokens` (rows, T). `mask`: (rows, T, columns), True = attend."""
         lower = {"dtype": self.autocast, "enabled": self.autocast is not None}
         with torch.autocast(self.device.type, cache_enabled=False, **lower):
             return self.shadow(
@@ -371,151 +273,88 @@ class Sampler:
             ).logits[:, -1]
 
     def _pick(self, batch: Batch, logits: torch.Tensor) -> None:
-        """Write each live row's next token: the likeliest, or a draw from softmax(logits / temperature)."""
+        """Write the next token of each live row: the likeliest, or a draw from softmax(logits / temperature)."""
         if batch.greedy:
             tokens = logits.argmax(-1)
-        else:  # where a uniform draw falls on the cumulated probabilities; torch.multinomial would make the GPU wait
+        else:  # find a uniform draw in the cumulated probabilities; torch.multinomial would make the GPU wait
             cumulated = (logits.float() / batch.temperature).softmax(-1).cumsum(-1)
             draw = (1 - torch.rand(len(logits), 1, device=self.device)) * cumulated[:, -1:]  # in (0, total]
             tokens = torch.searchsorted(cumulated, draw)[:, 0]
-            tokens = tokens.clamp(max=logits.shape[-1] - 1)  # NaN finds no place; the monitor will name the trouble
+            tokens = tokens.clamp(max=logits.shape[-1] - 1)  # NaN gives an index too large; the monitor reports it
         done = batch.done[batch.live]
-        tokens = tokens.masked_fill(done, self._pad)  # torch.where would copy the number from the host: not in a graph
+        # torch.where would copy the number from the host, which no graph may do
+        tokens = tokens.masked_fill(done, self.tokenizer.pad_token_id)
         batch.tokens[batch.live, batch.column] = tokens
         batch.done[batch.live] = done | (tokens[:, None] == self._ends).any(-1)
 
     def _graph(self, batch: Batch) -> torch.cuda.CUDAGraph | None:
-        """The captured step for a batch whose prompts have been read; None, said once, where capturing fails."""
+        """The captured step for a batch whose prompts have been read; None and a note where capturing fails."""
         if batch.greedy not in self.graphs:
             state = [batch.column, batch.tokens, batch.done]
             before = [tensor.clone() for tensor in state]
             try:
                 self.graphs[batch.greedy] = self._capture(batch)
             except torch.OutOfMemoryError:
-                raise  # step by step it would need no less
+                raise  # the eager step needs as much memory
             except RuntimeError as error:
                 self.use_graph, self.batch, self.graphs = False, None, {}
-                note(f"no CUDA graph, completions are made step by step, slower: {first_line(error)}")
+                note(f"completions are made without a CUDA graph, which is slower: {first_line(error)}")
             for tensor, value in zip(state, before, strict=True):
                 tensor.copy_(value)
         return self.graphs.get(batch.greedy)
 
     def _capture(self, batch: Batch) -> torch.cuda.CUDAGraph:
-        before, side = torch.cuda.current_stream(self.device), _side_stream(self.device)
-        pool = next((graph.pool() for graph in self.graphs.values()), None)  # one for all: they never run side by side
-        pool = pool or torch.cuda.graph_pool_handle()
+        if self._side is None:
+            self._side = torch.cuda.Stream(self.device)
+        before, side = torch.cuda.current_stream(self.device), self._side
+        # the graphs share their memory, because they never run at the same time
+        pool = next((graph.pool() for graph in self.graphs.values()), None) or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.random.fork_rng([self.device]):  # a resumed run captures at another time and must draw the same
+        with torch.random.fork_rng([self.device]):  # a resumed run captures at another time, but must draw the same
             try:
                 side.wait_stream(before)
-                with torch.cuda.stream(side):  # capturing demands a warm-up on another stream
+                with torch.cuda.stream(side):  # a capture needs a warm-up on another stream
                     for _ in range(WARM_UP):
                         self.step(batch)
                 before.wait_stream(side)
-                # thread_local: NCCL's own thread may go on
+                # thread_local, so that NCCL's own thread may go on
                 with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-                    reserved = torch.cuda.memory_reserved(self.device)
                     self.step(batch)
-                graph.pooled = torch.cuda.memory_reserved(self.device) - reserved  # bytes that nothing else can use
             except RuntimeError:
-                # PyTorch's allocator goes on as if capturing and would no longer free its cache where memory runs out
-                with contextlib.suppress(RuntimeError):  # the pool was not begun, or PyTorch has ended it
+                # PyTorch's allocator still believes in a capture, and would not free its cache when memory runs out
+                with contextlib.suppress(RuntimeError):  # the pool had not begun, or has ended
                     torch._C._cuda_endAllocateToPool(self.device.index, pool)
                     torch._C._cuda_releasePool(self.device.index, pool)
                 raise
             finally:
-                torch.cuda.set_stream(before)  # PyTorch itself stays on the side stream where a capture fails
+                torch.cuda.set_stream(before)  # after a failed capture PyTorch stays on the side stream
         return graph
 
 
-class PlainSampler:
-    """The same over `model.generate`, for models that `why_not` names."""
+class PlainSampler(Sampler):
+    """The same through `model.generate`, for what `why_not` names. `stream` has all tokens at once."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, autocast: torch.dtype | None = None):
-        self.model, self.tokenizer, self.autocast = model, tokenizer, autocast
-        self.eos = _eos_ids(model, tokenizer)
-
-    @torch.no_grad()
-    def generate(
-        self,
-        prompt_ids: list[list[int]],
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        on_finished: Callable[[int], None] | None = None,
-    ) -> list[list[int]]:
-        """As Sampler.generate; `on_finished` hears of all completions at once."""
-        if not prompt_ids:
-            return []
-        pad = self.tokenizer.pad_token_id
-        # every value is named: what is left out comes from the model's generation_config.json
+    def _decode(self, prompt_ids: list[list[int]], new: int, temperature: float) -> Iterator[torch.Tensor]:
+        # every value is given, because the model's generation_config.json sets those that are not
         sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
         config = GenerationConfig(
             **(sampling if temperature else {"do_sample": False}),
             repetition_penalty=1.0,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=new,
             eos_token_id=self.eos,
-            pad_token_id=pad,
+            pad_token_id=self.tokenizer.pad_token_id,
             use_cache=True,
         )
         device, width = self.model.device, max(map(len, prompt_ids))
-        check_positions(self.model, "the model", prompt=width, MAX_COMPLETION_TOKENS=max_new_tokens)
-        tokens = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompt_ids], device=device)
-        pads = torch.tensor([[width - len(prompt)] for prompt in prompt_ids], device=device)
-        mask = (torch.arange(width, device=device) >= pads).long()
+        check_positions(self.model, "the model", prompt=width, MAX_COMPLETION_TOKENS=new)
+        padded = self.tokenizer.pad({"input_ids": prompt_ids}, padding_side="left", return_tensors="pt").to(device)
         training = self.model.training
         self.model.eval()  # in training mode gradient checkpointing switches the cache off
         with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            rows = self.model.generate(input_ids=tokens, attention_mask=mask, generation_config=config)
+            completions = self.model.generate(**padded, generation_config=config)[:, width:]
         self.model.train(training)
-        if on_finished is not None:
-            on_finished(len(prompt_ids))
-        return [_cut(row, self.eos) for row in rows[:, width:].tolist()]
-
-    def stream(self, prompt_ids: list[int], max_new_tokens: int, temperature: float = 0.0) -> Iterator[int]:
-        """The same for one prompt, token by token, without the end token; here they come all at once."""
-        yield from (
-            token for token in self.generate([prompt_ids], max_new_tokens, temperature)[0] if token not in self.eos
-        )
-
-
-class VllmSampler:
-    """The same over the vLLM engine that TRL runs in the trainer's process (`vllm_mode="colocate"`).
-
-    Any process may call it alone: neither the engine nor handing it the weights waits for the other processes.
-    """
-
-    def __init__(self, trainer: GRPOTrainer):
-        self.trainer = trainer
-        self.eos = _eos_ids(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class)
-
-    def generate(
-        self,
-        prompt_ids: list[list[int]],
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        on_finished: Callable[[int], None] | None = None,
-    ) -> list[list[int]]:
-        """As Sampler.generate; `on_finished` hears of all completions at once."""
-        if not prompt_ids:
-            return []
-        trainer, engine = self.trainer, self.trainer.vllm_generation
-        if trainer.state.global_step != trainer._last_loaded_step:  # as TRL before its own generation
-            engine.sync_weights()
-            trainer._last_loaded_step = trainer.state.global_step
-        settings = {"temperature": temperature, "max_completion_length": max_new_tokens, "repetition_penalty": 1.0}
-        settings |= {"top_p": 1.0, "top_k": 0, "min_p": None, "generation_kwargs": {}}
-        of_training = {name: getattr(engine, name) for name in settings}
-        vars(engine).update(settings)
-        try:
-            _, completion_ids, *_ = engine.generate(prompt_ids, images=None, num_generations=1)
-        finally:
-            vars(engine).update(of_training)
-        if on_finished is not None:
-            on_finished(len(prompt_ids))
-        return [list(row) for row in completion_ids]
-
-
-AnySampler = Sampler | PlainSampler | VllmSampler
+        for count in range(1, completions.shape[1] + 1):
+            yield completions[:, :count]
 
 
 def make_sampler(
@@ -523,11 +362,11 @@ def make_sampler(
     tokenizer: PreTrainedTokenizerBase,
     autocast: torch.dtype | None = None,
     args: TrainingArguments | None = None,
-) -> Sampler | PlainSampler:
-    """A Sampler where it covers the model (and the training run of `args`), else a PlainSampler and a note why."""
+) -> Sampler:
+    """A Sampler where it covers the model and the training run of `args`, else a PlainSampler and a note why."""
     reason = why_not(model, args)
     if reason:
-        note(f"completions are made by model.generate, slower: {reason}")
+        note(f"completions are made by model.generate, which is slower: {reason}")
     return (PlainSampler if reason else Sampler)(model, tokenizer, autocast)
 
 
@@ -537,42 +376,34 @@ class Rollout:
     Args:
         fast: use the loop above where it covers the run; False leaves everything to `model.generate`.
 
-    `tokens` and `seconds` add up what this process has generated and how long it took.
+    `tokens` and `seconds` count what this process has generated, and for how long.
     """
 
     def __init__(self, fast: bool = True) -> None:
         self.fast = fast
         self.tokens, self.seconds = 0, 0.0
-        self._sampler: AnySampler | None = None
+        self._sampler: Sampler | None = None
 
-    def sampler(self, trainer: Trainer) -> AnySampler:
-        """The sampler of this trainer's policy, made on first use; evaluation shares it, and with it its memory."""
+    def sampler(self, trainer: Trainer) -> Sampler:
+        """The sampler of this trainer's policy. Training and evaluation share it, and with it its memory."""
         if self._sampler is None:
-            use_vllm = getattr(trainer, "use_vllm", False)  # an SFTTrainer generates nothing
-            self._sampler = VllmSampler(trainer) if use_vllm else self._own_sampler(trainer)
+            model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+            of_run = model, trainer.processing_class, torch.bfloat16 if trainer.args.bf16 else None
+            self._sampler = make_sampler(*of_run, trainer.args) if self.fast else PlainSampler(*of_run)
+            self._sampler.beside_training = True
         return self._sampler
 
-    def _own_sampler(self, trainer: Trainer) -> Sampler | PlainSampler:
-        args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-        autocast = torch.bfloat16 if args.bf16 else None
-        if not self.fast:
-            return PlainSampler(model, trainer.processing_class, autocast)
-        sampler = make_sampler(model, trainer.processing_class, autocast, args)
-        sampler.to_come = functools.partial(_bytes_to_come, trainer)
-        return sampler
-
     def __call__(self, prompts: list, trainer: GRPOTrainer) -> dict[str, list | None]:
-        """One completion for each of `prompts`, which come repeated, `num_generations` times each."""
+        """One completion for each of `prompts`, among which each prompt stands `num_generations` times."""
         start = time.perf_counter()
-        keys = [str(prompt) for prompt in prompts]  # each distinct prompt is encoded once
-        distinct = dict(zip(keys, prompts, strict=True))
+        distinct = {str(prompt): prompt for prompt in prompts}
         ids = dict(zip(distinct, encode(trainer.processing_class, list(distinct.values())), strict=True))
-        prompt_ids = [ids[key] for key in keys]
+        prompt_ids = [ids[str(prompt)] for prompt in prompts]
         sampler = self.sampler(trainer)
-        if isinstance(sampler, Sampler):
-            completion_ids = sampler.generate(prompt_ids, trainer.max_completion_length, trainer.temperature)
-        else:  # TRL's own path, which knows every setting
+        if isinstance(sampler, PlainSampler):  # TRL's own path, which knows every setting
             completion_ids, _ = trainer._generate_single_turn(prompt_ids, None, {}, trainer.num_generations)
+        else:
+            completion_ids = sampler.generate(prompt_ids, trainer.max_completion_length, trainer.temperature)
         self.tokens += sum(map(len, completion_ids))
-        self.seconds += time.perf_counter() - start  # the completions are on the host: the GPU is done
+        self.seconds += time.perf_counter() - start  # the completions are on the host, so the GPU is done
         return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None}

@@ -1,4 +1,4 @@
-"""What the two training scripts share: flags, folders, devices, LoRA, and the run from `before` to `after`."""
+"""What the two training scripts share: flags, folders, devices, the model, and the run from `before` to `after`."""
 
 from __future__ import annotations
 
@@ -13,32 +13,29 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from engine import constants, demo, pretraining
-from engine.console import UserError, note, refuse_missing_folder
+from engine.console import UserError, refuse_missing_folder
 from engine.fingerprints import fingerprint_rows, fingerprint_weights
 from engine.folder import lock
 from engine.questions import pairs_of
-from engine.templates import prompt_of, todays_prompt
+from engine.templates import carried_prompt, prompt_turns
 
-if TYPE_CHECKING:  # imported where they are used: `--help` and the one-line errors need no seconds to start
+if TYPE_CHECKING:  # imported where they are used, so that `--help` and the one-line errors come at once
     import torch
     from accelerate import PartialState
     from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from engine.monitor import RunMonitor
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # before any of these libraries is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warning about forks helps nobody here
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-warnings.filterwarnings("ignore", category=FutureWarning)  # what these libraries tell each other about renamed options
+warnings.filterwarnings("ignore", category=FutureWarning)  # about options that these libraries rename
 
 
-# ------------------------------------------------------------------------------------------- what is asked for
+# ------------------------------------------------------------------------------------------------ flags -> constants
 def make_parser(description: str, defaults: dict[str, Any]) -> argparse.ArgumentParser:
-    """The flags of a training run.
-
-    Args:
-        defaults: the constants that the flags change, to be shown in the help.
-    """
+    """The flags of a training run. The help shows `defaults`, the constants that they change."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--model", help=f"hub id or folder (default: {defaults['MODEL']})")
     parser.add_argument("--dataset", help=f"hub id, folder or file (default: {defaults['DATASET']})")
@@ -57,13 +54,7 @@ def make_parser(description: str, defaults: dict[str, Any]) -> argparse.Argument
 def make_recipe(
     defaults: dict[str, Any], given: dict[str, Any], flags: argparse.Namespace, demo_changes: dict[str, Any]
 ) -> SimpleNamespace:
-    """The constants of this run: the script's, the demo's where it is the demo, those given to `main`, the flags.
-
-    A model that carries a prompt is asked under that one, whatever prompts.py says.
-
-    Raises:
-        UserError: `given` names a constant that there is not.
-    """
+    """The constants of this run: the script's, changed by the demo, by those given to `main`, and by the flags."""
     by_flag = {"MODEL": flags.model, "DATASET": flags.dataset, "OUTPUT_DIR": flags.output, "SEED": flags.seed}
     by_flag["MAX_STEPS"] = getattr(flags, "max_steps", None)  # make_traces.py takes no steps
     changes = {}
@@ -72,26 +63,11 @@ def make_recipe(
         model, dataset = demo.folders(Path(output, "base"))
         changes = {"MODEL": model, "DATASET": dataset} | demo_changes
         changes = {name: value for name, value in changes.items() if name in defaults}
-    recipe = constants.make_recipe(defaults, changes, given, by_flag)
-    # the demo makes its model under today's prompt, and makes it anew where the one that lies there has another
-    own = flags.demo and recipe.MODEL == changes["MODEL"]
-    turns = todays_prompt() if own else prompt_of(recipe.MODEL, untrained=prompt_turns(recipe))
-    if turns != prompt_turns(recipe):
-        note(f"{recipe.MODEL!r} is asked under the prompt of its training; prompts.py has another one")
-        recipe.SYSTEM_PROMPT, recipe.EXAMPLE = turns[0]["content"], turns[1:]
-    return recipe
-
-
-def prompt_turns(recipe: SimpleNamespace) -> list[dict]:
-    """The turns before a question, for a model that carries none."""
-    return [{"role": "system", "content": recipe.SYSTEM_PROMPT}, *recipe.EXAMPLE]
+    return constants.make_recipe(defaults, changes, given, by_flag)
 
 
 def check_folders(recipe: SimpleNamespace, is_demo: bool) -> None:
-    """Raises UserError for a model or a data set that can only be a folder and is not there.
-
-    The demo makes its own folders, and the base models that it names.
-    """
+    """Raises UserError for a folder of a model or a data set that is not there, unless the demo will make it."""
     made = demo.folders(Path(recipe.OUTPUT_DIR, "base")) if is_demo else ()
     for name in ("MODEL", "DATASET"):
         value = getattr(recipe, name)
@@ -99,9 +75,9 @@ def check_folders(recipe: SimpleNamespace, is_demo: bool) -> None:
             refuse_missing_folder(value, f"{name} (--{name.lower()})")
 
 
-# -------------------------------------------------------------------------------------- constants -> the libraries'
+# -------------------------------------------------------------------------------- constants -> TRL's arguments, devices
 def common_arguments(recipe: SimpleNamespace, on_cpu: bool, bf16: bool, accumulation: int) -> dict[str, Any]:
-    """The constants that any of TRL's trainers takes, under the names of its configuration."""
+    """The constants that every trainer of TRL takes, under the names of its configuration."""
     return {
         "output_dir": recipe.OUTPUT_DIR,
         "seed": recipe.SEED,
@@ -121,21 +97,17 @@ def common_arguments(recipe: SimpleNamespace, on_cpu: bool, bf16: bool, accumula
         "save_steps": recipe.SAVE_EVERY,
         "save_total_limit": recipe.SAVE_LIMIT,
         "logging_steps": 1,
-        "logging_nan_inf_filter": False,  # a loss that is not finite has to be seen
+        "logging_nan_inf_filter": False,  # show a loss that is not finite
         "ddp_find_unused_parameters": False,  # every parameter takes part in every step
         "report_to": recipe.REPORT_TO,  # the monitor writes TensorBoard's curves
-        "disable_tqdm": True,  # and the lines on the console
+        "disable_tqdm": True,  # the monitor prints a line for each step
     }
 
 
 def accumulation_steps(recipe: SimpleNamespace, step: tuple[str, ...], processes: int) -> int:
-    """Forward passes per optimizer step and process. A step does not depend on the number of GPUs.
+    """Forward passes per optimizer step and process, so that a step has the same rows on any number of GPUs.
 
-    Args:
-        step: the constants whose product is the number of rows of one optimizer step.
-
-    Raises:
-        UserError: these rows do not divide into the micro batches of all processes.
+    The product of the constants in `step` is the number of rows. Raises UserError if it does not divide evenly.
     """
     rows = math.prod(getattr(recipe, name) for name in step)
     at_once = recipe.MICRO_BATCH * processes
@@ -151,8 +123,7 @@ def accumulation_steps(recipe: SimpleNamespace, step: tuple[str, ...], processes
 def start_processes(flags: argparse.Namespace, bf16: bool) -> tuple[PartialState, torch.dtype | None]:
     """The processes of this run on their devices, and the dtype of autocast there (None: float32).
 
-    Raises:
-        UserError: there is no GPU, and neither --demo nor --cpu was given.
+    Raises UserError if there is no GPU and neither --demo nor --cpu was given.
     """
     import torch
     from accelerate import PartialState
@@ -167,22 +138,18 @@ def start_processes(flags: argparse.Namespace, bf16: bool) -> tuple[PartialState
             "--demo trains a tiny model on any machine, --cpu trains this one, very slowly"
         )
     if on_cpu and flags.demo:
-        torch.set_num_threads(min(torch.get_num_threads(), 2))  # a tiny model has no work for more than two
-    # `accelerate config` may have stored another answer, which accelerate would follow where bf16 is off
+        torch.set_num_threads(min(torch.get_num_threads(), 2))  # so tiny a model is no faster on more
+    # without this accelerate would follow what `accelerate config` has stored
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if autocast else "no"
-    # while the main process evaluates, the others wait for it
+    # the other processes wait so long for the main one to evaluate
     return PartialState(cpu=on_cpu, timeout=timedelta(minutes=30)), autocast
 
 
 # ------------------------------------------------------------------------------------------------------ the run
 def open_output(flags: argparse.Namespace, recipe: SimpleNamespace, state: PartialState) -> Path | None:
-    """Lock the output folder for this run, find the checkpoint that it continues, and make what the demo needs.
+    """Lock the output folder, make what the demo needs, and return the checkpoint to continue (None: a new run).
 
-    Returns:
-        The checkpoint; None for a new run.
-
-    Raises:
-        UserError: as in `folder.lock` and `checkpoints.find`.
+    Raises UserError as `folder.lock` and `checkpoints.find` do.
     """
     from accelerate.utils import gather_object
 
@@ -198,16 +165,15 @@ def open_output(flags: argparse.Namespace, recipe: SimpleNamespace, state: Parti
                 pretraining.prepare_demo(output / "base", recipe.MODEL, recipe.DATASET)
         except UserError as error:
             errors.append(error)
-    if errors := gather_object(errors):  # one process alone would leave the others waiting, and ending in a traceback
+    if errors := gather_object(errors):  # all processes end, or the others would wait for one that has ended
         raise errors[0]
     return checkpoint
 
 
 def record_inputs(recipe: SimpleNamespace, checkpoint: Path | None, **questions: Dataset) -> None:
-    """Note in the recipe what the model and the questions contain, as `MODEL_READ`, `TRAIN_READ` and so on.
+    """Write fingerprints of the model and the questions into the recipe, as `MODEL_READ`, `TRAIN_READ` and so on.
 
-    Raises:
-        UserError: the run is resumed from `checkpoint`, and cannot go on with what they contain today.
+    Raises UserError if the run continues `checkpoint` and cannot do so with other contents.
     """
     from engine import checkpoints
 
@@ -220,28 +186,30 @@ def record_inputs(recipe: SimpleNamespace, checkpoint: Path | None, **questions:
         checkpoints.refuse_incompatible(checkpoint.parent, recipe)
 
 
-# What frees memory, the cheapest first. Only the constants that a recipe has are offered.
-FREES_MEMORY = {
-    "MICRO_BATCH": "lower MICRO_BATCH (the step stays the same)",
-    "EVAL_BATCH": "lower EVAL_BATCH",
-    "GRADIENT_CHECKPOINTING": "set GRADIENT_CHECKPOINTING = True",
-    "BETA": "set BETA = 0.0",
-    "MAX_TOKENS": "lower MAX_TOKENS",
-    "MAX_COMPLETION_TOKENS": "lower MAX_COMPLETION_TOKENS",
-    "QUESTIONS_PER_STEP": "lower QUESTIONS_PER_STEP",
-}
+def load_policy(recipe: SimpleNamespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model to train and its tokenizer, as in `models.load_model`. The recipe gets the prompt that it carries."""
+    from engine.checkpoints import limit_answers
+    from engine.models import load_model
+
+    model, tokenizer = load_model(recipe.MODEL, prompt=prompt_turns(recipe.SYSTEM_PROMPT, recipe.EXAMPLE))
+    limit_answers(model, recipe.MAX_COMPLETION_TOKENS)
+    turns = carried_prompt(tokenizer.chat_template)
+    recipe.SYSTEM_PROMPT, recipe.EXAMPLE = turns[0]["content"], turns[1:]
+    return model, tokenizer
+
+
+OUT_OF_MEMORY = (
+    "out of GPU memory; lower MICRO_BATCH (the step stays the same), EVAL_BATCH or MAX_COMPLETION_TOKENS, or set "
+    "GRADIENT_CHECKPOINTING = True, all of which --resume allows; or set USE_LORA = True in a new run"
+)
 
 
 def train_and_measure(monitor: RunMonitor, results: dict, checkpoint: Path | None) -> None:
-    """Measure the model, train it, save it, measure it again. However this ends, the curves are drawn.
+    """Measure the model, train it, save it, and measure it again. The curves are drawn in any case.
 
     Args:
-        monitor: watches the run, and knows its trainer and its folder.
         results: what an earlier start of this run has measured; {} for a new run.
         checkpoint: what the run continues; None for a new run.
-
-    Raises:
-        UserError: a GPU's memory is full; the message names the constants that free some.
     """
     import torch
 
@@ -277,13 +245,9 @@ def train_and_measure(monitor: RunMonitor, results: dict, checkpoint: Path | Non
             checkpoints.write_text(output / "README.md", model_card(checkpoints.describe_recipe(recipe), results))
             monitor.print_summary(results)
     except torch.OutOfMemoryError as error:
-        remedies = ", ".join(remedy for name, remedy in FREES_MEMORY.items() if hasattr(recipe, name))
-        out_of_memory = (
-            f"out of GPU memory; {remedies}, all of which --resume allows; or set USE_LORA = True in a new run"
-        )
-        if not trainer.is_local_process_zero():  # `console.run` lets only the first process of a machine speak
-            print(f"error: {out_of_memory}", file=sys.stderr, flush=True)
-        raise UserError(out_of_memory) from error
+        if not trainer.is_local_process_zero():  # of these `console.run` prints no errors
+            print(f"error: {OUT_OF_MEMORY}", file=sys.stderr, flush=True)
+        raise UserError(OUT_OF_MEMORY) from error
     finally:
         if main_process and monitor.history:
             checkpoints.failure_of(draw_curves, {output.name: monitor.history}, output / "curves.png")

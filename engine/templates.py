@@ -1,8 +1,8 @@
 """The chat template of a model: it carries the prompt, writes every turn as it stands, and makes the token ids.
 
-A template that carries the prompt puts the system prompt and the example turns before every conversation that has no
-system turn of its own. So whoever asks a saved model (`pipeline`, Ollama, chat.py, evaluate.py, a later training) asks
-it as it was trained: the prompt is part of the model's folder.
+A template that carries a prompt puts the system prompt and the example turns before every conversation without a
+system turn. So the prompt is part of the model's folder, and `pipeline`, Ollama, chat.py, evaluate.py and a later
+training all ask a model as it was trained.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING
 
 import prompts
 from engine.console import UserError, first_line, note
-from engine.constants import is_a
 from engine.numbers import TAGS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# How a base model is asked: as plain text, for it knows no turns, and ended by its own end token. At this size that
-# goes better than a chat template (simpleRL-Zoo, arXiv 2503.18892). The line break behind 回答： keeps a
-# prompt's tokens the same whatever follows.
+# For base models: plain text that ends with the model's own end token. Small base models do better with it than with a
+# chat template (simpleRL-Zoo, arXiv 2503.18892). Because of the line break behind 回答： the tokens of a prompt do not
+# depend on what follows.
 PLAIN_TEMPLATE = """\
 {{- bos_token or '' -}}
 {%- for message in messages -%}
@@ -33,7 +32,7 @@ PLAIN_TEMPLATE = """\
 {%- if add_generation_prompt -%}{{ '回答：\\n' }}{%- endif -%}
 """
 
-# Plain ChatML. It takes the place of a ChatML template that rewrites turns, and is the demo's.
+# Plain ChatML, for the demo and in place of a ChatML template that rewrites turns.
 CHATML_TEMPLATE = """\
 {%- for message in messages -%}
 {{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
@@ -41,7 +40,7 @@ CHATML_TEMPLATE = """\
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
 """
 
-# It stands in front of a template that refuses a system turn: the system prompt then opens the first question.
+# Put before a template that refuses system turns, it moves the system prompt into the first question.
 SYSTEM_FIRST = """\
 {%- if messages[0]['role'] == 'system' -%}
 {%- set question = messages[0]['content'] + '\\n\\n' + messages[1]['content'] -%}
@@ -49,20 +48,25 @@ SYSTEM_FIRST = """\
 {%- endif %}
 """
 
-# A carrying template is _BEFORE, the turns as JSON, _AFTER, and then the model's own template. That starts a line: else
-# Jinja would write the white space before its first tag.
+# A template that carries a prompt is _BEFORE, the turns as JSON, _AFTER, and the model's own template. The last begins
+# on a new line, or Jinja would write the white space before its first tag.
 _BEFORE = "{%- if not messages or messages[0]['role'] != 'system' %}{%- set messages = "
 _AFTER = " + messages %}{%- endif %}{#- the model's own template #}\n"
 
 
 # -------------------------------------------------------------------------------------------- the prompt it carries
+def prompt_turns(system: str, example: list[dict]) -> list[dict]:
+    """The turns that stand before a question: the system prompt and the example."""
+    return [{"role": "system", "content": system}, *example]
+
+
 def todays_prompt() -> list[dict]:
-    """The turns before a question as prompts.py has them today."""
-    return [{"role": "system", "content": prompts.SYSTEM_PROMPT}, *prompts.EXAMPLE]
+    """Those of prompts.py."""
+    return prompt_turns(prompts.SYSTEM_PROMPT, prompts.EXAMPLE)
 
 
 def carry_prompt(template: str, turns: list[dict]) -> str:
-    """The template, with `turns` in the place of those that it carried before, if any."""
+    """The template with these turns, in place of those that it carried before."""
     return _BEFORE + json.dumps(turns, ensure_ascii=False) + _AFTER + own_template(template)
 
 
@@ -72,65 +76,41 @@ def own_template(template: str) -> str:
 
 
 def carried_prompt(template: str) -> list[dict] | None:
-    """The turns that a template carries; None where it carries none. Raises UserError where they are no JSON."""
+    """The turns that a template carries, or None. Raises UserError where somebody has edited them into no JSON."""
     if not template.startswith(_BEFORE):
         return None
     try:
         return json.loads(template.partition(_AFTER)[0].removeprefix(_BEFORE))
-    except ValueError as error:  # somebody has edited them
+    except ValueError as error:
         raise UserError(f"the prompt at the top of a chat_template.jinja is no JSON: {error}; mend it there") from error
 
 
-def prompt_of(model: str, untrained: list[dict]) -> list[dict]:
-    """The turns under which a model is asked.
-
-    Args:
-        model: a hub id, or the folder of a model, a checkpoint or an adapter.
-        untrained: what a model gets that was not trained here.
-    """
-    file = Path(model, "chat_template.jinja")
-    if file.is_file() and (carried := carried_prompt(file.read_text(encoding="utf-8"))) is not None:
-        return carried
-    trained = trained_recipe(model)  # of a folder from before templates carried the prompt
-    if "SYSTEM_PROMPT" not in trained:
-        return untrained
-    return [{"role": "system", "content": trained["SYSTEM_PROMPT"]}, *trained.get("EXAMPLE", [])]
-
-
-# What others read of the recipe.json of a training, and its types.
-READ = {"SYSTEM_PROMPT": str, "EXAMPLE": list[dict], "DATASET": str, "BF16": bool, "MAX_COMPLETION_TOKENS": int}
-
-
 def trained_recipe(model: str) -> dict:
-    """The recipe.json that training wrote into a model's folder, or above it for a checkpoint or an adapter; else {}.
-
-    A note says where somebody else's file of that name, or a damaged one, is ignored.
-    """
-    folders = (Path(model), Path(model).parent) if Path(model).is_dir() else ()
-    for path in (folder / "recipe" / "recipe.json" for folder in folders):
-        try:
-            found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-            known = found and {key: is_a(found[key], kind) for key, kind in READ.items() if key in found}
-            if known and all(known.values()):
-                return found
-            if path.is_file():
-                raise ValueError("no training wrote it")
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            note(f"{str(path)!r} is ignored: {first_line(error)}")
+    """The recipe.json of the training that made a model folder, a checkpoint or an adapter; {} where there is none."""
+    for folder in (Path(model), Path(model).parent) if Path(model).is_dir() else ():
+        file = folder / "recipe" / "recipe.json"
+        if file.is_file():
+            try:
+                found = json.loads(file.read_text(encoding="utf-8"))
+                if {"SYSTEM_PROMPT", "DATASET", "MAX_COMPLETION_TOKENS"} & set(found):
+                    return found
+            except (OSError, ValueError, TypeError, RecursionError):
+                pass
+            note(f"{str(file)!r} is ignored: no training wrote it")
     return {}
 
 
-# ----------------------------------------------------------------------------------------- does it leave our text alone
+# ------------------------------------------------------------------------------------- does it write our text verbatim
 def fit_template(tokenizer: PreTrainedTokenizerBase, ends: set[int], name: str, free: bool = False) -> None:
-    """Give a base model PLAIN_TEMPLATE, and any other model a template that leaves our text as it is.
+    """Give a base model PLAIN_TEMPLATE, and any other model a template that writes our text as it stands.
 
     Args:
         ends: the ids of the tokens at which the model stops.
         name: of the model, for the messages.
-        free: the model is asked without our format; its own template may do what it wants.
+        free: the model is not asked in our format, and keeps its own template.
 
     Raises:
-        UserError: no template makes it right; the message says what the model's own one does.
+        UserError: no template fits; the message says what the model's own does.
     """
     if why := base_because(tokenizer, ends):
         tokenizer.chat_template = PLAIN_TEMPLATE
@@ -140,7 +120,7 @@ def fit_template(tokenizer: PreTrainedTokenizerBase, ends: set[int], name: str, 
         return
     question = render(tokenizer, [{"role": "user", "content": "1+1="}])
     if "<|im_start|>user\n1+1=<|im_end|>\n" in question:
-        begin = question.partition("<|im_start|>")[0]  # some models begin every text with a token
+        begin = question.partition("<|im_start|>")[0]  # the token with which some models begin every text
         replaced, remedy = begin + CHATML_TEMPLATE, "plain ChatML takes its place"
     else:
         replaced, remedy = SYSTEM_FIRST + tokenizer.get_chat_template(), "the system prompt opens the first question"
@@ -154,14 +134,14 @@ def fit_template(tokenizer: PreTrainedTokenizerBase, ends: set[int], name: str, 
 
 
 def fault_of(tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> str | None:
-    """What goes wrong when a model is asked behind the worked example and learns an answer; None if nothing does."""
+    """What this template does wrong with the worked example, a question and an answer to learn; None if nothing."""
     question, answer = "5分钟多少秒", "<think>\n5*60=300\n</think>\n<answer>\n300\n</answer>"
-    system = {"role": "system", "content": prompts.SYSTEM_PROMPT}
-    asked = [system, *prompts.WORKED_EXAMPLE, {"role": "user", "content": question}]
+    before = prompt_turns(prompts.SYSTEM_PROMPT, prompts.WORKED_EXAMPLE)
+    asked = [*before, {"role": "user", "content": question}]
     learned = [*asked, {"role": "assistant", "content": answer}]
     try:
         prompt, whole = render(tokenizer, asked), render(tokenizer, learned, complete=True)
-    except Exception as error:  # whatever a template raises or runs into
+    except Exception as error:  # a template can raise anything
         return f"its chat template refuses a system turn or an example ({first_line(error)})"
     prompt_ids, ids = tokenizer([prompt, whole], add_special_tokens=False)["input_ids"]
     back = tokenizer.decode(ids[len(prompt_ids) :], skip_special_tokens=True).strip()
@@ -179,14 +159,14 @@ def fault_of(tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> str | None:
 
 
 def keep_tags(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Makes our tags ordinary tokens, with the ids that they have: whoever decodes an answer drops special ones."""
-    tokenizer.response_template = None  # by it TRL would take the thinking out of what the rewards read
+    """Make our tags ordinary tokens with the same ids, because special tokens are dropped when an answer is decoded."""
+    tokenizer.response_template = None  # with it TRL would hide the thinking from the rewards
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     if tokenizer.is_fast and not special.isdisjoint(TAGS):
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         for token in state["added_tokens"]:
             token["special"] &= token["content"] not in TAGS
-        tokenizer.backend_tokenizer.__setstate__(json.dumps(state).encode())  # added again they would stay special
+        tokenizer.backend_tokenizer.__setstate__(json.dumps(state).encode())  # adding them again would not change them
         tokenizer.extra_special_tokens = [token for token in tokenizer.extra_special_tokens if token not in TAGS]
         for role in [role for role, token in tokenizer.special_tokens_map.items() if token in TAGS]:
             setattr(tokenizer, role, None)
@@ -194,17 +174,17 @@ def keep_tags(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def base_because(tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> str | None:
-    """Why this is the tokenizer of a base model, whose `ends` are token ids; None where it is not.
+    """Why this is the tokenizer of a base model; None where it is not.
 
-    Qwen's base models come with the chat template of their instruction-tuned sisters, but nobody has taught them to
-    stop where it ends a turn.
+    Qwen's base models have the chat template of their instruction-tuned versions, but they have not learned to stop
+    where it ends a turn.
     """
     if not tokenizer.chat_template:
         return "no chat template"
     turns = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
     try:
         turn_end = render(tokenizer, turns, complete=True).rpartition("2")[2]
-    except Exception as error:  # whatever a template raises or runs into
+    except Exception as error:  # a template can raise anything
         name, said = tokenizer.name_or_path, first_line(error)
         raise UserError(f"the chat template of {name!r} takes no plain turns: {said}; name another model") from error
     if any(token in turn_end for token in tokenizer.convert_ids_to_tokens([*ends, tokenizer.eos_token_id])):
@@ -216,18 +196,18 @@ def base_because(tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> str | No
 def encode(
     tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]], complete: bool = False
 ) -> list[list[int]]:
-    """Token ids of prompts, up to and with the header of the assistant's turn, or of complete conversations."""
+    """Token ids of prompts with the header of the assistant's turn, or of complete conversations."""
     ids = tokenizer.apply_chat_template(conversations, add_generation_prompt=not complete, return_dict=True)
     return ids["input_ids"]
 
 
 def render(tokenizer: PreTrainedTokenizerBase, conversation: list[dict], complete: bool = False) -> str:
-    """The same as text, of one conversation."""
+    """The text of one conversation."""
     return tokenizer.apply_chat_template(conversation, add_generation_prompt=not complete, tokenize=False)
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> list[tuple[int, int]]:
-    """Tokens of each row's `prompt`, with the header of the assistant's turn, and of its `completion`, with its end."""
+    """The number of tokens of each row's `prompt` and `completion`."""
     prompts = encode(tokenizer, [row["prompt"] for row in rows])
     whole = encode(tokenizer, [row["prompt"] + row["completion"] for row in rows], complete=True)
     return [(len(prompt), len(both) - len(prompt)) for prompt, both in zip(prompts, whole, strict=True)]

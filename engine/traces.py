@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from engine.console import UserError, first_line, note
 from engine.folder import write_text
 from engine.numbers import chinese_share, extract_answer, find_numbers, is_label, parse_number
-from engine.questions import load_splits, pairs_of, to_row
+from engine.questions import to_row
 from engine.templates import count_tokens
 from rewards import correctness_reward, hard_format_reward
 
@@ -188,7 +188,7 @@ def read_log(path: Path, asked: list[tuple[str, int]], recipe: SimpleNamespace) 
     return rows
 
 
-def write_learnable(folder: Path, rows: list[dict], dataset: str, recipe: SimpleNamespace) -> str:
+def write_learnable(folder: Path, rows: list[dict], dev: list, test: list, recipe: SimpleNamespace) -> str:
     """Write a data set for train_grpo.py: the learnable questions, with the development and the test questions.
 
     A question is learnable where the model answers it rightly in some samples and wrongly in others: its group has a
@@ -196,22 +196,18 @@ def write_learnable(folder: Path, rows: list[dict], dataset: str, recipe: Simple
 
     Args:
         rows: what `judge` returned for each question.
-        dataset: where the development and the test questions come from.
+        dev, test: the development and the test questions, each with its label.
 
     Returns:
         A line that says what was written, or why nothing was.
     """
     train = [(row["question"], row["label"]) for row in rows if recipe.MIN_RIGHT <= row["right"] < recipe.SAMPLES]
     which = f"right {recipe.MIN_RIGHT} to {recipe.SAMPLES - 1} times of {recipe.SAMPLES}"
-    try:
-        _, dev, test = load_splits(dataset, recipe.DEV_QUESTIONS)
-    except UserError as error:  # the samples, an hour's work maybe, are not lost for that
-        return f"none: {error}"
     if not train:
         (folder / "train.jsonl").unlink(missing_ok=True)  # of another MIN_RIGHT
         return f"none: no question {which}"
     folder.mkdir(exist_ok=True)
-    for split, pairs in (("test", pairs_of(test)), ("validation", pairs_of(dev)), ("train", train)):
+    for split, pairs in (("test", test), ("validation", dev), ("train", train)):
         write_lines(folder / f"{split}.jsonl", [to_row(text, label) for text, label in pairs])
     return f"{folder}: {len(train)} questions {which}"
 

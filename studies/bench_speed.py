@@ -52,7 +52,7 @@ import train_grpo
 from engine import demo, runs
 from engine.console import UserError, run
 from engine.lora import lora_config
-from engine.models import describe_precision, load_model, pick_device
+from engine.models import load_model, pick_device
 from engine.questions import to_prompt
 from engine.rollout import Rollout
 from engine.templates import encode
@@ -396,11 +396,11 @@ def main(argv: list[str] | None = None) -> None:
         variants["against"] = load_checkout(flags.against)
     recipe = train_grpo.default_recipe() | {"QUESTIONS_PER_STEP": flags.questions, "BF16": flags.bf16}
     recipe |= {"MICRO_BATCH": min(flags.micro_batch, flags.questions * GROUP), "MAX_COMPLETION_TOKENS": flags.tokens}
-    recipe |= {"GRADIENT_CHECKPOINTING": flags.checkpointing, "USE_VLLM": False}
+    recipe |= {"GRADIENT_CHECKPOINTING": flags.checkpointing}
 
     device, autocast = pick_device(cpu=False, bf16=flags.bf16)
     machine = torch.cuda.get_device_name() if CUDA else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    precision = describe_precision(device, autocast, flags.bf16)
+    precision = "float32 weights, bf16 autocast" if autocast else "float32"
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}"
     print(f"{machine}; {precision}; {versions}; {time.strftime('%Y-%m-%d')}")
     with tempfile.TemporaryDirectory(prefix="bench_speed_") as folder:

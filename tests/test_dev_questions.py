@@ -73,7 +73,7 @@ def test_none_is_a_test_question(tmp_path, capsys):
     """What the test split asks too is no development question: else the test split would choose the best checkpoint."""
     train, dev_set, _ = load_splits(make(tmp_path, train=[*range(1, 11)], test=[4, 10]), 1)
     assert labels(dev_set) == [9] and labels(train) == [1, 2, 3, 5, 6, 7, 8]
-    assert "2 training questions dropped that the test split asks too" in capsys.readouterr().out
+    assert "2 training questions dropped that are in the test split too" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

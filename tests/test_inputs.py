@@ -165,8 +165,7 @@ def test_other_training_rows_are_named(adapter_run, capsys):
     adapter_run.go_on(2, "--resume")
     said = capsys.readouterr().out
     assert "note: from checkpoint-1 on TRAIN_READ is '9 rows, " in said and "no longer '10 rows, " in said
-    first = adapter_run.test[0][QUESTION_COLUMN]
-    assert f"1 training questions dropped that the test split asks too, the first is {first!r}" in said
+    assert "1 training questions dropped that are in the test split too" in said
     assert not any(f"{name}_READ is" in said for name in ("MODEL", "DEV", "TEST"))
     recipe = json.loads((adapter_run.folder / "run/recipe/recipe.json").read_text())
     assert [recipe[f"{name}_READ"].split(",")[0] for name in ("TRAIN", "DEV", "TEST")] == ["9 rows", "2 rows", "6 rows"]
@@ -227,33 +226,37 @@ def test_test_questions_are_not_learned(tmp_path, capsys):
     """What the test split asks falls out of the training questions; where nothing is left, that is refused."""
     data = make(tmp_path, lines([*ROWS[8:10], *ROWS[:8]]), lines(ROWS[8:]))
     assert [label for _, label in pairs_of(load_splits(data, 1)[0])] == list(range(7))
-    said = capsys.readouterr().out
-    assert "2 training questions dropped" in said and repr(ROWS[8][QUESTION_COLUMN]) in said
+    assert "2 training questions dropped" in capsys.readouterr().out
     data = make(tmp_path, lines(ROWS[:10]), lines(ROWS[10:]))
     train, dev, _ = load_splits(data, 2)
     assert [label for rows in (train, dev) for _, label in pairs_of(rows)] == list(range(10))
     assert not capsys.readouterr().out
-    with pytest.raises(UserError, match="has 0 training questions that the test split does not ask"):
+    with pytest.raises(UserError, match="has 0 training questions that are in no other split"):
         load_splits(make(tmp_path, lines(ROWS)), 2)
 
 
 # ------------------------------------------------------------------------------------------------- folders and files
-@pytest.mark.parametrize("name", ["json", "csv", "text", "parquet", "imagefolder", "brackets[1]", "st*r", "新 [数据]"])
+@pytest.mark.parametrize("name", ["brackets[1]", "st*r"])
+def test_a_folder_whose_name_is_a_pattern(name, tmp_path):
+    """The files of a neighbour that the pattern matches are not read; the folder is refused in a line."""
+    for each in (name, "brackets1", "star"):
+        make(tmp_path / each, lines(ROWS))
+    assert "so rename the folder" in fault(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["json", "csv", "新 数据"])
 def test_a_folder_is_read_whatever_its_name(name, tmp_path, monkeypatch):
-    """Readers of that name, patterns that match it or its neighbours: the folder's own files are read, no others."""
-    for each in (name, "brackets1", "star", "zzz"):
+    """Also where a reader has that name, the folder's own files are read and no others."""
+    for each in (name, "zzz"):
         make(tmp_path / each, lines(ROWS[:1] if each == name else ROWS[5:]), lines(ROWS[1:3] if each == name else ROWS))
     monkeypatch.chdir(tmp_path)
     for given in (name, f"{name}/", str(tmp_path / name)):
         assert labels(given) == [0] and labels(given, "test") == [1, 2]
 
 
-@pytest.mark.parametrize("name", ["json", "parquet", "no.jsonl"])
-def test_what_is_not_there_is_not_looked_for_elsewhere(name, tmp_path, monkeypatch):
-    """A reader's name without such a folder does not read the working directory; a missing file asks no hub."""
-    make(tmp_path / "other", lines(ROWS))
+def test_a_missing_file_asks_no_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert f"there is no file or folder '{name}'" in fault(name)
+    assert "there is no file 'no.jsonl'" in fault("no.jsonl")
 
 
 def test_a_hub_id_names_the_mirror(tmp_path, monkeypatch):
@@ -280,8 +283,7 @@ def test_a_single_file_is_a_data_set(ending, tmp_path, capsys):
     """Its last tenth is the test split and the rest is train, which is said."""
     file = write_file(tmp_path / f"my[1]{ending}", ROWS)
     assert labels(file) == list(range(18)) and labels(file, "test") == [18, 19]
-    said = capsys.readouterr().out
-    assert "its first 18 of 20 rows are its train split" in said and "its last 2 of 20" in said
+    assert "its last 2 rows are the test split" in capsys.readouterr().out
     assert "no split 'validation'" in fault(file, "validation")
 
 
@@ -312,9 +314,9 @@ def configurations(folder: Path, *names: str) -> str:
 def test_of_several_configurations_main_is_read(tmp_path, capsys):
     """As in openai/gsm8k: `main` is taken and said; without it they are named, and how to choose."""
     assert labels(configurations(tmp_path / "two", "socratic", "main")) == [1]
-    assert "has the configurations socratic, main: 'main' is read" in capsys.readouterr().out
+    assert "has several configurations: 'main' is read" in capsys.readouterr().out
     said = fault(configurations(tmp_path / "none", "easy", "hard"))
-    assert "has the configurations easy, hard, none called 'main'" in said and "save_to_disk" in said
+    assert "'main' not found" in said and "easy" in said and "hard" in said
 
 
 # ---------------------------------------------------------------------------------------------- what is wrong in them
@@ -332,14 +334,14 @@ HEAD = f"{QUESTION_COLUMN},{ANSWER_COLUMN}\n"
             "jsonl",
             lines(ROWS),
             '{"题": "几个", "答": 1}\n',
-            ["its files differ: test.jsonl has {'题'", QUESTION_COLUMN],
+            ["must have the same columns", "test.jsonl", "题", QUESTION_COLUMN],
         ),
-        ("jsonl", lines(ROWS), lines([{**ROWS[0], ANSWER_COLUMN: 1.5}]), ["test.jsonl has", "float64", "int64"]),
+        ("jsonl", lines(ROWS), lines([{**ROWS[0], ANSWER_COLUMN: 1.5}]), ["1.5", "int64"]),
         (
             "csv",
             f"\ufeff{HEAD.replace(',', ', ')}小明,1\n",
             HEAD + "小明,1\n",
-            [f"train.csv has {{'{QUESTION_COLUMN}'"],
+            ["must have the same columns", "test.csv"],
         ),
         ("jsonl", lines(ROWS) + '{"a": \n', lines(ROWS), ["train.jsonl: ", "JSON parse error", "row 20"]),
         ("csv", HEAD + '"小明,1\n', HEAD + "小明,1\n", ["train.csv: ", "EOF inside string"]),

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import conversation_about, run_main
@@ -18,6 +19,7 @@ import train_grpo
 from engine.console import UserError
 from engine.models import load_model
 from engine.rollout import make_sampler
+from engine.runs import load_policy
 from engine.templates import (
     CHATML_TEMPLATE,
     PLAIN_TEMPLATE,
@@ -26,7 +28,7 @@ from engine.templates import (
     encode,
     fit_template,
     own_template,
-    prompt_of,
+    prompt_turns,
     render,
     todays_prompt,
 )
@@ -145,9 +147,8 @@ def test_a_prompt_that_somebody_damaged(bare, tmp_path):
     """Turns that are edited by hand and are no JSON any more end in one line that says where they stand."""
     folder = Path(shutil.copytree(bare, tmp_path / "model"))
     rewrite_template(folder, lambda own: carry_prompt(own, todays_prompt()).replace('"role": "system"', "role: system"))
-    for read in (lambda: load_model(str(folder)), lambda: prompt_of(str(folder), [])):
-        with pytest.raises(UserError, match="prompt at the top of a chat_template.jinja is no JSON: .*; mend it there"):
-            read()
+    with pytest.raises(UserError, match="prompt at the top of a chat_template.jinja is no JSON: .*; mend it there"):
+        load_model(str(folder))
 
 
 # ------------------------------------------------------------------------------------------------------------ trained
@@ -184,14 +185,12 @@ def test_a_trained_model_keeps_its_prompt(name, runs, bare, monkeypatch):
     assert asked_under(AutoTokenizer.from_pretrained(folder), bare, SPECIAL_TURNS)
     _, tokenizer = load_model(str(folder), prompt=todays_prompt())
     assert tokenizer.chat_template == template
-    _, recipe = train_grpo.configure(["--cpu", "--model", str(folder), "--dataset", str(bare)], {})
-    assert [recipe.SYSTEM_PROMPT, *recipe.EXAMPLE] == [SPECIAL, *SPECIAL_TURNS[1:]]
     recorded = json.loads((runs[1] / "recipe/recipe.json").read_text(encoding="utf-8"))
     assert [recorded["SYSTEM_PROMPT"], *recorded["EXAMPLE"]] == [SPECIAL, *SPECIAL_TURNS[1:]]
 
 
 def test_a_model_of_the_hub_keeps_its_prompt(runs, bare, tmp_path):
-    """So does one whose template is not in a file of its own there, as on the hub, where no file can be looked at."""
+    """So does one whose template is not in a file of its own, and a training of it records that prompt."""
     folder = Path(shutil.copytree(runs[0], tmp_path / "model", ignore=shutil.ignore_patterns("recipe", "checkpoint-*")))
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
@@ -199,6 +198,14 @@ def test_a_model_of_the_hub_keeps_its_prompt(runs, bare, tmp_path):
     (folder / "chat_template.jinja").unlink()
     model, tokenizer = load_model(str(folder))
     assert asked_under(tokenizer, bare, SPECIAL_TURNS) and model.generation_config.max_new_tokens == TOKENS
+    assert prompt_in_recipe(folder) == SPECIAL_TURNS
+
+
+def prompt_in_recipe(model: Path) -> list[dict]:
+    """The prompt that a training of this model records."""
+    recipe = SimpleNamespace(**train_grpo.default_recipe() | {"MODEL": str(model)})
+    load_policy(recipe)
+    return prompt_turns(recipe.SYSTEM_PROMPT, recipe.EXAMPLE)
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -258,9 +265,7 @@ def test_a_folder_of_the_old_code(example, bare, demo_base, run_chat, tmp_path, 
     for folder in (model, model / "checkpoint-7"):
         loaded, tokenizer = load_model(str(folder), prompt=todays_prompt())
         assert asked_under(tokenizer, bare, turns) and loaded.generation_config.max_new_tokens == 3
-        assert prompt_of(str(folder), untrained=todays_prompt()) == turns
-        _, recipe = train_grpo.configure(["--cpu", "--model", str(folder), "--dataset", str(bare)], {})
-        assert [{"role": "system", "content": recipe.SYSTEM_PROMPT}, *recipe.EXAMPLE] == turns
+        assert prompt_in_recipe(folder) == turns
 
         flags = ["--cpu", "--questions", ":2", "--output", str(tmp_path), "--dataset", str(demo_base / "data")]
         evaluate.main([str(folder), *flags])

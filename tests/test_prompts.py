@@ -9,7 +9,7 @@ from test_templates import make_tokenizer
 
 import prompts
 from engine.console import UserError, refuse_missing_folder
-from engine.questions import load_questions, pairs_of
+from engine.questions import check_split, load_questions, pairs_of
 from engine.templates import CHATML_TEMPLATE, carry_prompt, render, todays_prompt
 from prompts import ANSWER_COLUMN, OPEN_SYSTEM_PROMPT, QUESTION_COLUMN, WORKED_EXAMPLE
 from rewards import REWARD_MAXIMA, REWARDS
@@ -121,7 +121,7 @@ def test_missing_split(tmp_path):
         load_questions(str(tmp_path), "test")
 
 
-def test_empty_split(tmp_path, monkeypatch):
+def test_empty_split(tmp_path):
     """A split without rows is said by the reader or, where that lets it through, by us."""
     from datasets import Dataset
 
@@ -129,9 +129,8 @@ def test_empty_split(tmp_path, monkeypatch):
     with pytest.raises(UserError, match='"train" corresponds to no data'):
         load_questions(str(tmp_path), "train")
     nothing = Dataset.from_dict({QUESTION_COLUMN: [], ANSWER_COLUMN: []})
-    monkeypatch.setattr("engine.questions.read_split", lambda dataset, split: nothing)
-    with pytest.raises(UserError, match="split 'train' is empty"):
-        load_questions(str(tmp_path), "train")
+    with pytest.raises(UserError, match="split 'train' has no usable row"):
+        check_split({"train": nothing}, "mine", "train")
 
 
 @pytest.mark.parametrize("content", ["", "no json"])

@@ -145,43 +145,20 @@ def test_two_processes_resumed_in_the_middle_of_a_later_pass(flags, tmp_path):
 # ------------------------------------------------------------------------------------------------- memory of a GPU
 def test_room_is_made_only_beside_training(monkeypatch):
     """On a full card the captured batch goes where something trains, and stays where nothing does (evaluate.py ...)."""
-    monkeypatch.setattr(rollout, "_free_share", lambda device, spoken_for: 0.1)
-    for to_come, kept in ((None, True), (lambda: 0, False)):
+    monkeypatch.setattr(rollout, "_free_share", lambda device: 0.1)
+    for beside_training in (True, False):
         sampler = replayed(Sampler(make_model().eval(), make_tokenizer()))
-        sampler.to_come = to_come
+        sampler.beside_training = beside_training
         sampler.generate(MIXED, 10)
-        assert (sampler.batch is not None) == kept == bool(sampler.graphs)
-
-
-def test_what_is_still_to_come_is_not_free(monkeypatch):
-    """A trainer's sampler counts 12 bytes a trained parameter before the first step, then 4, and its graphs' pool."""
-    model = make_model()
-    model.model.embed_tokens.weight.requires_grad = False
-    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    trainer = SimpleNamespace(model=model, processing_class=make_tokenizer(), optimizer=None)
-    trainer.args = SimpleNamespace(bf16=False)
-    trainer.accelerator = SimpleNamespace(unwrap_model=lambda model, **_: model)
-    sampler, asked = replayed(Rollout().sampler(trainer)), []
-    monkeypatch.setattr(rollout, "_free_share", lambda device, spoken_for: asked.append(spoken_for) or 1.0)
-    optimizer = torch.optim.AdamW(weight for weight in model.parameters() if weight.requires_grad)
-    for state in ("no optimizer yet", "no step yet", "trained"):
-        if state == "trained":
-            model(input_ids=torch.tensor([[2, 3]]), labels=torch.tensor([[2, 3]])).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        sampler.generate(MIXED, 10)
-        for graph in sampler.graphs.values():
-            graph.pooled = 1000  # as if the capture had taken that from the card
-        trainer.optimizer = optimizer
-    assert asked == [12 * trained, 12 * trained + 1000, 4 * trained + 1000]
+        assert (sampler.batch is None) == beside_training == (not sampler.graphs)
 
 
 def test_free_share(monkeypatch):
-    """Of 24 GB: 10 that nobody holds and 3 that PyTorch holds unused, of which 7 are not free in truth: a quarter."""
+    """Of 24 GB: 10 that nobody holds, and 3 that PyTorch holds unused."""
     gb = {"mem_get_info": (10, 24), "memory_reserved": 14, "memory_allocated": 11}
     for name, value in gb.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
-    assert rollout._free_share(torch.device("cuda", 0), 7) == 6 / 24
+    assert rollout._free_share(torch.device("cuda", 0)) == 13 / 24
 
 
 @pytest.mark.parametrize("error", [RuntimeError("not permitted when stream is capturing"), torch.OutOfMemoryError()])

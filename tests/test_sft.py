@@ -103,7 +103,7 @@ def test_it_learns_as_a_user(demo_output, demo_base, careful, run_chat):
     assert results["after"]["format"] > 0.9
     for name in ("model.safetensors", "tokenizer.json", "runs", "curves.png", "README.md", f"checkpoint-{len(losses)}"):
         assert (demo_output / name).exists(), name
-    assert "supervised fine-tuning on traces.jsonl" in (demo_output / "README.md").read_text(encoding="utf-8")
+    assert "after SFT" in (demo_output / "README.md").read_text(encoding="utf-8")
     recipe = json.loads((demo_output / "recipe" / "recipe.json").read_text(encoding="utf-8"))
     assert recipe["LEARNING_RATE"] == SFT_RECIPE["LEARNING_RATE"] and recipe["EPOCHS"] == train_sft.EPOCHS
     assert recipe["TRACES"] == str(demo_output / "traces.jsonl") and "BETA" not in recipe

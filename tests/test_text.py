@@ -104,7 +104,6 @@ FOREIGN = {
     "a list": b"[1, 2]",
     "a number": b"5",
     "other keys": b'{"dataset": "squad", "acc": 0.5}',
-    "other types": b'{"MAX_COMPLETION_TOKENS": "many"}',
     "half a file": b'{"SYSTEM_PROMPT": "abc", "DATA',
     "binary": b"\x89PNG\r\n\xff\x00",
     "empty": b"",

@@ -19,7 +19,7 @@ from engine.console import UserError
 from engine.constants import constants_of
 from engine.questions import load_questions, pairs_of, to_prompt
 from engine.rollout import Sampler
-from engine.templates import encode
+from engine.templates import CHATML_TEMPLATE, carry_prompt, encode, prompt_turns
 from engine.traces import append_lines, fault_of, judge, read_log, rewrite, to_trace, write_learnable
 from prompts import ANSWER_COLUMN, QUESTION_COLUMN, WORKED_EXAMPLE
 from rewards import REWARD_MAXIMA, REWARDS
@@ -335,54 +335,51 @@ def test_questions_from_to(tmp_path, monkeypatch):
         make_traces.main([*flags, "--questions", ":3"])
 
 
-def test_a_trained_model_is_asked_as_it_was_trained(tmp_path, monkeypatch, capsys):
-    """Behind its own example, whatever prompts.py says by now; its traces hold the question alone."""
-    (tmp_path / "model/recipe").mkdir(parents=True)
-    data, asked = write_data(tmp_path / "data", 0), []
+@pytest.mark.parametrize("flag", [[], ["--example"]])
+def test_a_trained_model_is_asked_as_it_was_trained(flag, demo_base, tmp_path, capsys):
+    """Under its own system prompt, whatever prompts.py says by now, and behind its own example or WORKED_EXAMPLE."""
+    model = Path(shutil.copytree(demo_base / "model", tmp_path / "model"))
+    own = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
+    template = carry_prompt(CHATML_TEMPLATE, prompt_turns("按格式", own))
+    (model / "chat_template.jinja").write_text(template, encoding="utf-8")
+    (model / "recipe").mkdir()
+    (model / "recipe/recipe.json").write_text('{"MAX_COMPLETION_TOKENS": 320}')
+    data = write_data(tmp_path / "data", 0)
+    flags, recipe = make_traces.configure(["--cpu", "--model", str(model), "--dataset", data, *flag], {})
+    _, tokenizer = make_traces.load_sampler(recipe, flags)
+    asked = conversation_about(QUESTION, "按格式", WORKED_EXAMPLE if flag else own)
+    assert encode(tokenizer, [make_traces.ask(QUESTION, recipe, flags)]) == encode(tokenizer, [asked])
+    assert "asked under the prompt of its training; prompts.py has another one" in capsys.readouterr().out
+    assert recipe.MAX_COMPLETION_TOKENS == 320
+
+
+def test_the_example_is_another_way_of_asking(tmp_path, monkeypatch):
+    """Samples behind WORKED_EXAMPLE are not mixed with others; a trace holds the question alone in any case."""
 
     class Taught(Boxer):
         def generate(self, prompt_ids, max_new_tokens, temperature):
-            assert max_new_tokens == 320
-            asked.extend("".join(map(chr, ids)) for ids in prompt_ids)
             return [[*map(ord, to_trace(STEPS, 72)), 0] for _ in prompt_ids]
 
     monkeypatch.setattr(make_traces, "load_sampler", lambda *_: (Taught(), Letters()))
-    for example in ([], WORKED_EXAMPLE):
-        recipe = {"SYSTEM_PROMPT": "按格式", "EXAMPLE": example, "MAX_COMPLETION_TOKENS": 320}
-        (tmp_path / "model/recipe/recipe.json").write_text(json.dumps(recipe))
-        output = tmp_path / f"out{len(example)}"
-        flags = ["--model", str(tmp_path / "model"), "--dataset", data, "--output", str(output)]
-        make_traces.main([*flags, "--cpu"])
-        assert asked[-1] == "".join(turn["content"] for turn in conversation_about(f"{QUESTION}0", "按格式", example))
-        assert "asked under the prompt of its training; prompts.py has another one" in capsys.readouterr().out
-        (line,) = map(json.loads, (output / "traces.jsonl").read_text(encoding="utf-8").splitlines())
-        assert line["prompt"] == to_prompt(f"{QUESTION}0")
-    make_traces.main([*flags[:-1], str(tmp_path / "shown"), "--example", "--cpu"])
-    assert "按格式" in asked[-1] and WORKED_EXAMPLE[0]["content"] in asked[-1]
-    recipe["EXAMPLE"] = []  # --example shows it to one that was trained without, and that is another way of asking
-    (tmp_path / "model/recipe/recipe.json").write_text(json.dumps(recipe))
-    make_traces.main([*flags[:-1], str(tmp_path / "shown"), "--example", "--cpu"])
+    flags = ["--cpu", "--dataset", write_data(tmp_path / "data", 0), "--output", str(tmp_path / "out")]
+    make_traces.main([*flags, "--example"])
+    (line,) = map(json.loads, (tmp_path / "out/traces.jsonl").read_text(encoding="utf-8").splitlines())
+    assert line["prompt"] == to_prompt(f"{QUESTION}0")
     with pytest.raises(UserError, match="name another --output"):
-        make_traces.main([*flags[:-1], str(tmp_path / "shown"), "--cpu"])
-    (line,) = map(json.loads, (tmp_path / "shown/traces.jsonl").read_text(encoding="utf-8").splitlines())
-    assert line["prompt"] == to_prompt(f"{QUESTION}0") and len(asked) == 3 * make_traces.SAMPLES
+        make_traces.main(flags)
 
 
 def test_learnable(tmp_path):
     """Questions that are right now and then become a data set for train_grpo.py; the test split stays as it is."""
-    data, folder = tmp_path / "data", tmp_path / "learnable"
-    data.mkdir()
-    lines = [json.dumps({QUESTION_COLUMN: f"{QUESTION}{i}", ANSWER_COLUMN: i}) + "\n" for i in range(16)]
-    (data / "train.jsonl").write_text("".join(lines[:12]))
-    rows = [{"question": f"{QUESTION}{i}", "label": i, "right": i} for i in range(10)]
-    assert "no split 'test'" in write_learnable(folder, rows, str(data), RECIPE) and not folder.exists()
-    (data / "test.jsonl").write_text("".join(lines[12:]))
-    said = write_learnable(folder, rows, str(data), RECIPE)
+    folder = tmp_path / "learnable"
+    pairs = [(f"{QUESTION}{i}", i) for i in range(16)]
+    rows = [{"question": question, "label": label, "right": label} for question, label in pairs[:10]]
+    said = write_learnable(folder, rows, pairs[10:12], pairs[12:], RECIPE)
     assert said == f"{folder}: 6 questions right 2 to 7 times of 8"
     for split, labels in (("train", range(2, 8)), ("validation", range(10, 12)), ("test", range(12, 16))):
         assert pairs_of(load_questions(str(folder), split)) == [(f"{QUESTION}{i}", i) for i in labels]
     none = SimpleNamespace(**vars(RECIPE) | {"MIN_RIGHT": 8})  # nothing of before is left for train_grpo.py to find
-    assert "none" in write_learnable(folder, rows, str(data), none) and not (folder / "train.jsonl").exists()
+    assert "none" in write_learnable(folder, rows, [], [], none) and not (folder / "train.jsonl").exists()
 
 
 @pytest.mark.parametrize("line", ["nonsense", "5", "{}", '{"question": 1, "label": 2, "samples": 3}', "\0"])

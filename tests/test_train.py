@@ -294,13 +294,6 @@ def test_steps_of_a_part_of_an_epoch():
     assert "steps      117\n" in said.getvalue()  # half of 233
 
 
-def test_vllm_is_an_option(tmp_path):
-    """Switched on where it is not installed, it is one line that names the version that fits."""
-    with pytest.raises(UserError, match="pip install vllm==0.30.0"):
-        run_main(train_grpo.main, "--demo", "--cpu", "--output", tmp_path / "run", USE_VLLM=True)
-    assert not (tmp_path / "run").exists()
-
-
 def test_flags_override_constants():
     """Each flag sets its one constant, the demo's recipe sets its own, an argument wins over the demo, a flag over all.
     The constants of the file stay as they are."""
@@ -350,4 +343,3 @@ def test_device_and_precision(monkeypatch, cuda, bf16, cpu, units, expected):
     device, autocast = models.pick_device(cpu)
     assert (device.type, autocast) == expected
     assert models.pick_device(cpu, bf16=False) == (device, None)  # BF16 = False
-    assert ("bf16 autocast" in models.describe_precision(device, autocast, True)) == (autocast is not None)
