@@ -200,7 +200,6 @@ def test_picture_that_cannot_be_written(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------------------------------------------- names in pictures
 HISTORY = [{"step": step, "reward/total": step / 10} for step in range(3)]
-LAST_RESORT = "Last Resort"  # it comes with matplotlib, and has a box with a number for every character there is
 
 
 def labels(monkeypatch, tmp_path, *names: str) -> list[str]:
@@ -219,32 +218,9 @@ def labels(monkeypatch, tmp_path, *names: str) -> list[str]:
     return list(dict.fromkeys(used))
 
 
-def test_chinese_names_with_a_font(monkeypatch, tmp_path, capsys):
-    """Where a font has the characters it is used, and the picture shows the names; a $ is a $."""
-    monkeypatch.setattr(curves, "CHINESE", LAST_RESORT, raising=False)
-    assert labels(monkeypatch, tmp_path, "output/第一次", "费用$\\frac{") == ["output/第一次", "费用$\\frac{"]
+def test_names_in_a_picture(monkeypatch, tmp_path, capsys):
+    """A $ is a $. A name that matplotlib's font cannot show becomes run 1, and a note says which one that is."""
+    assert labels(monkeypatch, tmp_path, "output/first", "$\\frac{") == ["output/first", "$\\frac{"]
     assert not capsys.readouterr().out
-
-
-def test_names_without_a_font(monkeypatch, tmp_path, capsys):
-    """Where no font has the characters the picture says run 1 and run 2, and a note says which name is which."""
-    monkeypatch.setattr(curves, "CHINESE", "no such font", raising=False)
     assert labels(monkeypatch, tmp_path, "第一次", "second") == ["run 1", "run 2"]
-    said = capsys.readouterr().out
-    assert said.startswith("note: no font") and said.endswith("run 1 is '第一次', run 2 is 'second'\n")
-    assert labels(monkeypatch, tmp_path, "first", "zweitgrößte") == ["first", "zweitgrößte"]
-    assert not capsys.readouterr().out
-
-
-def test_font_installed_since(monkeypatch, tmp_path):
-    """matplotlib keeps a list of the fonts that it once found; one installed since is found all the same."""
-    from matplotlib import font_manager
-
-    known = font_manager.fontManager.ttflist
-    (new,) = (font for font in known if font.name.startswith(LAST_RESORT))
-    monkeypatch.setattr(font_manager.fontManager, "ttflist", [font for font in known if font is not new])
-    (tmp_path / "torn.ttf").write_bytes(b"no font")
-    files = [str(tmp_path / "torn.ttf"), shutil.copy(new.fname, tmp_path)]
-    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: files)
-    monkeypatch.setattr(curves, "CHINESE", LAST_RESORT, raising=False)
-    assert curves.find_fonts("中文") == [curves.LATIN, new.name]
+    assert capsys.readouterr().out == "note: in the picture run 1 is '第一次', run 2 is 'second'\n"
