@@ -1,4 +1,4 @@
-"""The constants at the top of a script: read, changed for one run, and checked."""
+"""Reads the constants at the top of a script, changes them for one run, and checks them."""
 
 import math
 from pathlib import Path
@@ -7,15 +7,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from engine.console import UserError
 
-# The flag that changes a constant for one run.
-FLAGS = {
-    "MODEL": "--model",
-    "DATASET": "--dataset",
-    "OUTPUT_DIR": "--output",
-    "SEED": "--seed",
-    "MAX_STEPS": "--max-steps",
-}
-# The range of a constant, in words and as a test. Any other number must be above 0, and any other text not empty.
+# Constants that a flag can change for one run
+FLAGS = {"MODEL": "--model", "DATASET": "--dataset", "OUTPUT_DIR": "--output", "SEED": "--seed"}
+FLAGS["MAX_STEPS"] = "--max-steps"
+# The ranges of constants, in words and as a test. All other numbers must be above 0, and all other texts not empty.
 RANGES = {
     "SEED": ("from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32),
     "COMPLETIONS_PER_QUESTION": ("2 or more: one is its own baseline", lambda value: value >= 2),
@@ -31,21 +26,15 @@ RANGES = {
     "MIX_SHARE": ("from 0, below 1", lambda value: 0 <= value < 1),
     "FINAL_RATE": ("from 0 to 1", lambda value: 0 <= value <= 1),
 }
-WORDS = {
-    str: "a text",
-    bool: "True or False",
-    int: "a whole number",
-    float: "a number",
-    list[str]: "a list of texts",
-    tuple[float, float]: "two numbers",
-}
+WORDS = {str: "a text", bool: "True or False", int: "a whole number", float: "a number"}  # type -> in words
+WORDS |= {list[str]: "a list of texts", tuple[float, float]: "two numbers"}
 
 
 def constants_of(script: ModuleType) -> dict[str, Any]:
-    """The constants of a script by name: what stands at its top in capitals with a type.
+    """The constants of a script by name: the names in capitals at its top that have a type.
 
     Raises:
-        UserError: a value in capitals without a type. It lost the type in editing, and would be ignored silently.
+        UserError: a name in capitals without a type. Somebody has lost the type in editing, and it would have no effect.
     """
     types = get_type_hints(script)
     for name, value in vars(script).items():
@@ -61,16 +50,16 @@ def constants_of(script: ModuleType) -> dict[str, Any]:
 def make_recipe(
     constants: dict[str, Any], demo: dict[str, Any], given: dict[str, Any], flags: dict[str, Any]
 ) -> SimpleNamespace:
-    """The constants of one run. What comes later in the arguments wins.
+    """The constants of one run. Later arguments win over earlier ones.
 
     Args:
-        constants: the script's own.
-        demo: those that the demo changes; {} where this is not the demo.
+        constants: those of the script.
+        demo: those that the demo changes; {} if this is not the demo.
         given: the keyword arguments of `main`.
-        flags: the values of the flags by the constant they change; None where a flag was not given.
+        flags: the values of the flags, by constant; None for a flag that was not given.
 
     Raises:
-        UserError: `given` names a constant that there is not.
+        UserError: `given` names a constant that does not exist.
     """
     for name in given:
         if name not in constants:
@@ -80,10 +69,10 @@ def make_recipe(
 
 
 def check_constants(constants: dict[str, Any], *scripts: ModuleType) -> None:
-    """Check the type and the range of every constant that one of these scripts defines; a later script's type wins.
+    """Check the type and the range of every constant that one of these scripts defines; later scripts win.
 
     Raises:
-        UserError: the first constant of a wrong type or out of its range, with the file to mend.
+        UserError: the first constant that has a wrong type or is out of range, with the file to edit.
     """
     defined = {
         name: (kind, Path(script.__file__).name)
@@ -104,7 +93,7 @@ def check_constants(constants: dict[str, Any], *scripts: ModuleType) -> None:
 
 
 def is_a(value: Any, kind: Any) -> bool:
-    """Whether a value fits an annotation. True and NaN are no numbers, and a list holds no empty text."""
+    """Whether a value fits an annotation. True and NaN do not count as numbers; a list must not hold empty texts."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     if get_origin(kind) in (list, tuple):

@@ -15,7 +15,7 @@ from conftest import ROOT
 import chat
 import evaluate as evaluate_script
 import make_traces
-from engine import checkpoints, console, curves, models
+from engine import checkpoints, curves, models
 from engine.console import UserError
 from engine.templates import trained_recipe
 from engine.traces import from_conversation, read_rows
@@ -168,25 +168,6 @@ def test_closed_streams():
     )
     done = subprocess.run(["sh", "-c", '"$0" -c "$1" <&- >&- 2>&-', sys.executable, code], cwd=ROOT)
     assert done.returncode == 7
-
-
-def test_cache_that_cannot_be_written(tmp_path, monkeypatch, capsys):
-    """Where the hub's cache is read-only, one line names HF_HOME and what to do, whatever library met it."""
-    from transformers import AutoModelForCausalLM
-
-    def denied(name, **_):
-        try:
-            raise PermissionError(13, "Permission denied", str(tmp_path / "cache" / "hub"))
-        except PermissionError as error:  # as transformers does
-            raise OSError(f"PermissionError when downloading {name}") from error
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", denied)
-    for home, words in (("cache", "set HF_HOME to a folder that can be written"), ("elsewhere", "set HF_ENDPOINT=")):
-        monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / home))
-        with pytest.raises(SystemExit, match="2"):
-            console.run(lambda: models.load_model("owner/model"))
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("error: ") and words in line and ("'cache'" not in home or str(tmp_path) in line)
 
 
 def test_picture_that_cannot_be_written(tmp_path, monkeypatch):
