@@ -34,7 +34,7 @@ def constants_of(script: ModuleType) -> dict[str, Any]:
     """The constants of a script by name: the names in capitals at its top that have a type.
 
     Raises:
-        UserError: a name in capitals without a type. Somebody has lost the type in editing, and it would have no effect.
+        UserError: a name in capitals without a type, which was lost in editing. It would have no effect.
     """
     types = get_type_hints(script)
     for name, value in vars(script).items():
@@ -74,19 +74,19 @@ def check_constants(constants: dict[str, Any], *scripts: ModuleType) -> None:
     Raises:
         UserError: the first constant that has a wrong type or is out of range, with the file to edit.
     """
-    defined = {
-        name: (kind, Path(script.__file__).name)
-        for script in scripts
-        for name, kind in get_type_hints(script).items()
-        if name in constants
-    }
+    defined = {}
+    for script in scripts:
+        file = Path(script.__file__).name
+        defined |= {name: (kind, file) for name, kind in get_type_hints(script).items() if name in constants}
     for name, (kind, file) in defined.items():
         value = constants[name]
         if not is_a(value, kind):
             allowed = WORDS.get(kind) or f"one of {', '.join(map(repr, get_args(kind)))}"
             raise UserError(f"{name} = {value!r} is not {allowed}; mend it in {file}")
+        if kind is bool:
+            continue
         default = ("above 0", lambda value: value > 0) if type(value) in (int, float) else ("a text", bool)
-        words, holds = RANGES.get(name, (None, lambda value: True) if isinstance(value, bool) else default)
+        words, holds = RANGES.get(name, default)
         if not holds(value):
             flag = f", or by {FLAGS[name]}" if name in FLAGS else ""
             raise UserError(f"{name} = {value!r} is not {words}; mend it in {file}{flag}")
