@@ -10,7 +10,6 @@ With more completions in a pack fewer copies of the prompt are computed, but att
 
 from __future__ import annotations
 
-import inspect
 from typing import NamedTuple
 
 import torch
@@ -42,10 +41,6 @@ def why_not(model: PreTrainedModel) -> str | None:
         return "a sliding window limits its attention"
     if config._attn_implementation != "sdpa":
         return f"{config._attn_implementation} attention takes no mask of pairs of tokens"
-    if getattr(config, "output_router_logits", False):
-        return "its routers have a loss of their own"
-    if not {"position_ids", "attention_mask"} <= inspect.signature(type(model).forward).parameters.keys():
-        return "its forward takes no positions or no mask"
     return None
 
 

@@ -48,14 +48,12 @@ def conversation(answer: str) -> dict:
     return {"messages": [{"role": "user", "content": "你好"}, {"role": "assistant", "content": answer}]}
 
 
-def test_half_a_surrogate_pair_costs_its_line(tmp_path, capsys):
-    """A text that no tokenizer takes is dropped with a note, before the model is loaded; the other lines are kept."""
-    rows = [conversation(answer) for answer in ("好", "\ud83d", "\U0001f600", "\udc00")]
+def test_half_a_surrogate_pair(tmp_path):
+    """A text that no tokenizer takes is named by its line, before the model is loaded."""
+    rows = [conversation(answer) for answer in ("\U0001f600", "\ud83d")]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    read = read_rows(str(tmp_path / "chat.jsonl"), "--mix", from_conversation)
-    assert [row["completion"][0]["content"] for row in read] == ["好", "\U0001f600"]
-    said = "note: --mix: 2 lines dropped that hold half a surrogate pair, the first is line 2\n"
-    assert capsys.readouterr().out == said
+    with pytest.raises(UserError, match="^--mix .*chat.jsonl', line 2: .*surrogates not allowed; mend or drop it$"):
+        read_rows(str(tmp_path / "chat.jsonl"), "--mix", from_conversation)
 
 
 @pytest.mark.parametrize("flag", ["--traces", "--mix"])
