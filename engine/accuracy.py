@@ -21,7 +21,7 @@ Z = 1.959964  # standard errors on each side of a 95 % interval
 
 
 def interval(share: float, n: int) -> list[float]:
-    """The 95 % interval of a share seen in n trials (Wilson 1927). It stays within [0, 1], even at 0 and 1."""
+    """The 95 % interval of a share seen in n trials (Wilson 1927); it stays within [0, 1]."""
     center, spread = share + Z * Z / (2 * n), Z * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n))
     return [(center + sign * spread) / (1 + Z * Z / n) for sign in (-1, 1)]
 
@@ -67,13 +67,12 @@ def evaluate(
     # Prompts of like length share a batch, which needs less padding. The longest come first: memory peaks at once.
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     completion_ids: list[list[int]] = [[] for _ in ids]
-    hidden = title is None
-    with tqdm(total=len(ids), desc=title, unit=" answers", mininterval=5, disable=hidden, leave=False) as bar:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            made = sampler.generate([ids[i] for i in batch], max_new_tokens, temperature, on_finished=bar.update)
-            for i, new in zip(batch, made, strict=True):
-                completion_ids[i] = new
+    starts = range(0, len(order), batch_size)
+    for start in tqdm(starts, title, unit=" batches", mininterval=5, disable=title is None, leave=False):
+        batch = order[start : start + batch_size]
+        made = sampler.generate([ids[i] for i in batch], max_new_tokens, temperature)
+        for i, new in zip(batch, made, strict=True):
+            completion_ids[i] = new
     texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
     rows = [
         {"question": prompt[-1]["content"], "completion": text, "label": label, **grade(text, label)}

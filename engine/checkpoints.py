@@ -243,14 +243,11 @@ def changed_constants(output: Path, recipe: SimpleNamespace) -> dict[str, tuple]
     A fingerprint (..._READ) differs only where both are known: they are not known before the inputs are read.
     """
     before, now = _read_json(output / "recipe" / "recipe.json", "OUTPUT_DIR"), describe_recipe(recipe)
-    old, new = before.pop("OUTPUT_DIR") + os.sep, now.pop("OUTPUT_DIR") + os.sep
     changes = {}
-    for name in sorted(before.keys() | now.keys()):
-        was, is_now = before.get(name), now.get(name)
-        if isinstance(was, str) and was.startswith(old):  # the demo's model lies in a folder that may have been moved
-            was = new + was.removeprefix(old)
-        if was != is_now and not (name.endswith("_READ") and None in (was, is_now)):
-            changes[name] = was, is_now
+    for name in sorted((before.keys() | now.keys()) - {"OUTPUT_DIR"}):
+        values = before.get(name), now.get(name)
+        if values[0] != values[1] and not (name.endswith("_READ") and None in values):
+            changes[name] = values
     return changes
 
 

@@ -89,10 +89,7 @@ def shown_rewards(sample: dict) -> list[str]:
 
 
 def preformatted(text: str) -> str:
-    """Escaped text for TensorBoard, which renders Markdown: <think> would vanish, and * would mean bold.
-
-    Line breaks are <br>, because a long line of Chinese does not wrap inside <pre>.
-    """
+    """Escaped text for TensorBoard, which renders Markdown. A long line of Chinese would not wrap inside <pre>."""
     return "<p>" + html.escape(text).replace("\n", "<br>") + "</p>"
 
 
@@ -109,20 +106,20 @@ def side_by_side(best: dict, worst: dict) -> str:
 
 # ---------------------------------------------------------------------------------------------------- the callbacks
 class RunMonitor(TrainerCallback):
-    """Watches one run and writes what it sees to the console and to the run's folder. The kinds of runs share this.
+    """Watches one run, and writes what it sees to the console and to the run's folder.
 
-    Each kind is a subclass with `panels`, the charts of TensorBoard's overview; `describe_step(row)`, the figures of a
-    step in words; and `speed()`, its entries in results.json.
+    A kind of run is a subclass with `describe_step(row)`, which puts the figures of a step into words.
 
     Args:
-        recipe: the constants of the run.
-        trainer: the run's trainer.
         rollout: makes the sampler that answers held-out questions.
         dev: development questions, answered every EVAL_EVERY steps.
         test: test questions, answered only before and after the training.
         begun: the step of the checkpoint that the run continues; 0 for a new run.
         history: the rows of an earlier start of this run up to that step; [] for a new run.
     """
+
+    panels: dict  # the charts of TensorBoard's overview, as in curves.py
+    speed: str  # the figure of speed that results.json holds
 
     def __init__(
         self,
@@ -238,8 +235,16 @@ class RunMonitor(TrainerCallback):
             self.write(self.board.flush)  # a killed run keeps its curves
 
     def unmeasured(self) -> list[str]:
-        """The rewards that applied to no completion of this step."""
-        return []
+        """The rewards that applied to no completion of this step.
+
+        With a reward model these are the rules about numbers if no question has a label, or the reward model if all
+        questions have one.
+        """
+        if not getattr(self.recipe, "REWARD_MODEL", ""):
+            return []
+        labelled = [label is not None for label in self.trainer._logs["extra"]["label"]]
+        about_numbers = [] if any(labelled) else ["digit_reward", "correctness_reward"]
+        return about_numbers + (["preference_reward"] if all(labelled) else [])
 
     def measure(self, logs: dict) -> dict[str, float]:
         """The figures of a step: what TRL logged, under the names that TensorBoard shows, and the time."""
@@ -288,7 +293,7 @@ class RunMonitor(TrainerCallback):
             "device": device_name(self.trainer.accelerator.device),
             "best": {"step": state.best_global_step, "strict": state.best_metric},
             "train_seconds": round(steps[-1]["speed/train_seconds"], 1) if steps else 0.0,
-            **self.speed(),
+            self.speed: round(median(row[f"speed/{self.speed}"] for row in steps)) if steps else 0,
             "step_seconds": round(median(row["speed/step_seconds"] for row in steps), 3) if steps else None,
             "peak_memory_gb": round(peak_memory_gb(), 2),
         }
@@ -309,7 +314,7 @@ class RunMonitor(TrainerCallback):
 class Monitor(RunMonitor):
     """Watches a run of train_grpo.py: besides the above its rewards, samples and alarms."""
 
-    panels = PANELS
+    panels, speed = PANELS, "generated_tokens_per_second"
 
     def __init__(self, *args) -> None:
         super().__init__(*args)
@@ -329,14 +334,6 @@ class Monitor(RunMonitor):
         if recipe.REWARD_MODEL:
             unlabelled = sum(label is None for label in self.trainer.train_dataset["answer"])
             print(f"judged by  {recipe.REWARD_MODEL}: {unlabelled} training questions without a label", flush=True)
-
-    def unmeasured(self) -> list[str]:
-        """The rules about numbers if no question has a label; the reward model if all questions have one."""
-        if not self.recipe.REWARD_MODEL:
-            return []
-        labelled = [label is not None for label in self.trainer._logs["extra"]["label"]]
-        about_numbers = [] if any(labelled) else ["digit_reward", "correctness_reward"]
-        return about_numbers + (["preference_reward"] if all(labelled) else [])
 
     def measure(self, logs: dict) -> dict[str, float]:
         """Besides, figures of the completions. A reward that applied to no completion has no figure."""
@@ -359,7 +356,7 @@ class Monitor(RunMonitor):
         texts = [message["content"] for [message] in batch["completion"]]
         figures["length/thinking"] = fmean(len(thinking_of(text)) for text in texts)
         figures["length/repeating"] = fmean(map(repeats_itself, texts))
-        figures["speed/generated_tokens_per_second"] = self.tokens_per_second()
+        figures["speed/generated_tokens_per_second"] = self.rollout.tokens / max(self.rollout.seconds, 1e-9)
         return figures
 
     def describe_step(self, row: dict[str, float]) -> str:
@@ -372,13 +369,6 @@ class Monitor(RunMonitor):
             f"  cut off {row['length/cut_off']:4.0%}"
             f"  zero-variance {row['reward/zero_variance_groups']:4.0%}"
         )
-
-    def speed(self) -> dict:
-        return {"generated_tokens_per_second": round(self.tokens_per_second())}
-
-    def tokens_per_second(self) -> float:
-        """The speed of the generation; 0 with vLLM, whose tokens are not counted."""
-        return self.rollout.tokens / max(self.rollout.seconds, 1e-9)
 
     def show_more(self, step: int) -> None:
         if step % self.recipe.SAMPLE_EVERY == 0 or step == 1:
@@ -429,7 +419,7 @@ class Monitor(RunMonitor):
 class SftMonitor(RunMonitor):
     """Watches a run of train_sft.py."""
 
-    panels = SFT_PANELS
+    panels, speed = SFT_PANELS, "trained_tokens_per_second"
 
     def __init__(self, *args) -> None:
         super().__init__(*args)
@@ -452,10 +442,6 @@ class SftMonitor(RunMonitor):
             f"  tokens right {row['training/token_accuracy']:4.0%}"
             f"  learning rate {row['training/learning_rate']:.1e}"
         )
-
-    def speed(self) -> dict:
-        rows = [row["speed/trained_tokens_per_second"] for row in self.history if "speed/step_seconds" in row]
-        return {"trained_tokens_per_second": round(median(rows)) if rows else 0}
 
 
 def device_name(device: torch.device) -> str:

@@ -63,8 +63,7 @@ class Parrot:
     def __init__(self, answers):
         self.answers, self.batches, self.temperatures = answers, [], []
 
-    def generate(self, prompt_ids, max_new_tokens, temperature=0.0, on_finished=None):
-        on_finished(len(prompt_ids))
+    def generate(self, prompt_ids, max_new_tokens, temperature=0.0):
         self.temperatures.append(temperature)
         self.batches.append([len(ids) for ids in prompt_ids])
         return [self.answers[len(ids)] for ids in prompt_ids]
