@@ -94,9 +94,7 @@ def find_alarms(history: History) -> dict[str, str]:
 def not_finite(logs: dict, unmeasured: Collection[str] = ()) -> str | None:
     """The one fault that ends a run: a loss, gradient or reward that is not finite. The weights are then spoilt.
 
-    Args:
-        logs: what TRL logged for a step.
-        unmeasured: rewards that applied to no completion of this step, so that TRL logs no mean of them.
+    `logs` is what TRL logged for a step. TRL has no means of the rewards that are `unmeasured` in it.
     """
     rewards = (name for name in logs if name.startswith("rewards/") and name.endswith("/mean"))
     watched = ["loss", "grad_norm", *(name for name in rewards if name.split("/")[1] not in unmeasured)]

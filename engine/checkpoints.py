@@ -50,9 +50,8 @@ INCOMPATIBLE = dict.fromkeys(["MODEL", "USE_LORA", "LORA_RANK", "LORA_ALPHA", "L
 def find(output: Path, recipe: SimpleNamespace, resume: bool) -> Path | None:
     """The checkpoint that a run in `output` continues, or None for a new run. Changes nothing on the disk.
 
-    Raises:
-        UserError: a new run in a folder that holds a run; no complete checkpoint to resume from; nothing left to do;
-            a changed constant that the saved weights do not fit; a folder that cannot be written to.
+    Raises UserError if `output` cannot be written to; if it holds a run and this is a new one; or if the run in it
+    cannot be resumed: no complete checkpoint, a constant that the saved weights do not fit, nothing left to do.
     """
     check_writable(output)
     results = read_results(output)
@@ -256,10 +255,7 @@ def save_trained(trainer: Trainer, output: Path, max_tokens: int) -> None:
     """Save the trained model at the root of `output`; for LoRA the merged model there and the adapter in `adapter/`.
 
     The Modelfile makes Ollama ask it as it was evaluated: under the prompt of its training, greedily, with at most
-    `max_tokens` tokens.
-
-    Raises:
-        UserError: it cannot be written. The last checkpoint still holds it.
+    `max_tokens` tokens. Raises UserError if it cannot be written; the last checkpoint still holds it.
     """
     temporary, lora = output / ".tmp-model", isinstance(trainer.model, PeftModel)
     model = trainer.model.get_base_model() if lora else trainer.model

@@ -33,8 +33,7 @@ class Unfailing(io.RawIOBase):
 def run(main: Callable[[], None], outlive_reader: bool = True) -> None:
     """Run a script's `main`. A UserError, a full GPU or a full disk becomes one line and exit code 2, Ctrl-C 130.
 
-    Args:
-        outlive_reader: whether `main` goes on when nobody can read its output any more; False: it gets the error.
+    With `outlive_reader` the script goes on when nobody can read its output any more; without, `main` gets the error.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the shell (`>&-`): the next file to be opened would get its number
@@ -79,11 +78,9 @@ def note(text: str) -> None:
 
 
 def refuse_missing_folder(name: str, what: str) -> None:
-    """Raises UserError for a missing folder whose name cannot be a hub id, before anybody waits for the hub.
+    """Raises UserError if `name` cannot be a hub id and is no folder, before anybody waits for the hub.
 
-    Args:
-        name: a hub id or a folder.
-        what: the constant or flag that holds it, for the message.
+    `what` is the constant or flag that holds the name.
     """
     path = Path(name)
     like_a_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name

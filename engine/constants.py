@@ -33,8 +33,7 @@ WORDS |= {list[str]: "a list of texts", tuple[float, float]: "two numbers"}
 def constants_of(script: ModuleType) -> dict[str, Any]:
     """The constants of a script by name: the names in capitals at its top that have a type.
 
-    Raises:
-        UserError: a name in capitals without a type, which was lost in editing. It would have no effect.
+    Raises UserError for one without a type, which somebody has lost in editing: it would have no effect.
     """
     types = get_type_hints(script)
     for name, value in vars(script).items():
@@ -50,16 +49,9 @@ def constants_of(script: ModuleType) -> dict[str, Any]:
 def make_recipe(
     constants: dict[str, Any], demo: dict[str, Any], given: dict[str, Any], flags: dict[str, Any]
 ) -> SimpleNamespace:
-    """The constants of one run. Later arguments win over earlier ones.
+    """The constants of one run: the script's, those of the demo, those `given` to `main`, the flags. The last one wins.
 
-    Args:
-        constants: those of the script.
-        demo: those that the demo changes; {} if this is not the demo.
-        given: the keyword arguments of `main`.
-        flags: the values of the flags, by constant; None for a flag that was not given.
-
-    Raises:
-        UserError: `given` names a constant that does not exist.
+    A flag that was not given is None. Raises UserError if `given` names a constant that does not exist.
     """
     for name in given:
         if name not in constants:
@@ -71,8 +63,7 @@ def make_recipe(
 def check_constants(constants: dict[str, Any], *scripts: ModuleType) -> None:
     """Check the type and the range of every constant that one of these scripts defines; later scripts win.
 
-    Raises:
-        UserError: the first constant that has a wrong type or is out of range, with the file to edit.
+    Raises UserError for the first constant that has a wrong type or is out of range, with the file to edit.
     """
     defined = {}
     for script in scripts:

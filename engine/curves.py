@@ -33,13 +33,9 @@ SMOOTH = 5  # steps in the mean that is drawn over the faint curve of single ste
 
 
 def read_history(output: Path, until: int | None = None) -> History:
-    """The history of a run from its TensorBoard files.
+    """The history of a run from its TensorBoard files; of a run that is resumed, up to the step `until`.
 
-    Args:
-        until: the step from which the run is resumed; later rows are left out. None: all rows.
-
-    Raises:
-        UserError: there are no such files. A run that is resumed goes on without them.
+    Raises UserError if there are no such files. A run that is resumed goes on without them.
     """
     from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 

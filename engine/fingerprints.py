@@ -18,13 +18,8 @@ def fingerprint_rows(rows: Sequence) -> str:
 def fingerprint_weights(model: str) -> str | None:
     """A hash of the weights in a folder; for an adapter also of the model that it was trained on.
 
-    Every byte is read, at about a gigabyte a second, because a training may change few tensors.
-
-    Returns:
-        None for a hub id, and for a folder without weights.
-
-    Raises:
-        UserError: a file cannot be read.
+    Every byte is read, at about a gigabyte a second, because a training may change few tensors. Returns None for a hub
+    id or a folder without weights. Raises UserError if a file cannot be read.
     """
     files = sorted(Path(model).glob("*.safetensors")) if model else []
     config, digest = Path(model, "adapter_config.json"), hashlib.sha256()

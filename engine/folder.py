@@ -29,10 +29,8 @@ def lock(output: Path) -> None:
     """Make `output` if it does not exist, and keep other processes from writing a run there until this one ends.
 
     The operating system releases the lock, also after kill -9. The file `.lock` names the last process that held it. It
-    stays, because two processes could each lock a file that is deleted and made again.
-
-    Raises:
-        UserError: another process has locked the folder, or it cannot be written to.
+    stays, because two processes could each lock a file that is deleted and made again. Raises UserError if another
+    process has locked the folder, or if it cannot be written to.
     """
     check_writable(output)
     output.mkdir(parents=True, exist_ok=True)

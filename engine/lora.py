@@ -17,8 +17,7 @@ from engine.models import load_model
 def lora_config(recipe: SimpleNamespace, model: PreTrainedModel) -> LoraConfig | None:
     """The LoRA constants under PEFT's names; None if all weights are trained.
 
-    Raises:
-        UserError: LORA_MODULES names a module that `model` does not have below its head.
+    Raises UserError if LORA_MODULES names a module that `model` does not have below its head.
     """
     if not recipe.USE_LORA:
         return None
@@ -59,14 +58,9 @@ def lower_frozen(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> None
 
 
 def restore_frozen(model: PreTrainedModel | PeftModel, source: str, fingerprint: str | None) -> None:
-    """Undo `lower_frozen` before the adapter is merged, with the float32 weights of `source`.
+    """Undo `lower_frozen` before the adapter is merged, with the float32 weights of the hub id or folder `source`.
 
-    Args:
-        source: the hub id or folder that the model was loaded from.
-        fingerprint: what `fingerprint_weights` gave for it at that time.
-
-    Raises:
-        UserError: `source` has other weights now. The checkpoints still hold the adapter.
+    Raises UserError if these do not have the `fingerprint` of the run's start. The checkpoints still hold the adapter.
     """
     layers = frozen_linear_layers(model) if isinstance(model, PeftModel) else []
     lowered = {name: layer for name, layer in layers if layer.weight.dtype != torch.float32}

@@ -163,10 +163,9 @@ class RunMonitor(TrainerCallback):
 
     # ---- measuring the model
     def measure_model(self, title: str, step: int) -> tuple[dict, str]:
-        """Answer all test questions, the development questions and the probe, in the main process.
+        """Answer the test questions, the development questions and the probe, in the main process.
 
-        Returns:
-            The figures of the test questions, and the answer to the probe.
+        Returns the figures of the test questions and the answer to the probe.
         """
         figures, _ = self.evaluate(self.test, title)
         print(f"{title:<11}{describe(figures)}", flush=True)

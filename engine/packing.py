@@ -63,8 +63,7 @@ def read_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor, prompt_colu
 def plan(rows: list[Row], pair_cost: float, shared: bool = True) -> tuple[list[Pack], float]:
     """The cheapest packs for a forward pass over these rows, and their cost in tokens.
 
-    Args:
-        shared: whether a pack may hold several completions.
+    Only with `shared` a pack may hold several completions.
     """
     groups: dict[int, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row.length, reverse=True):

@@ -25,14 +25,9 @@ if TYPE_CHECKING:
 
 
 def load_preference(recipe: SimpleNamespace, device: torch.device, dtype: torch.dtype | None) -> Callable:
-    """Load REWARD_MODEL; returns a reward function for TRL, like those of rewards.py.
+    """Load REWARD_MODEL, with weights in `dtype` (None: float32); returns a reward function like those of rewards.py.
 
-    Args:
-        device: where the reward model computes.
-        dtype: of its weights; None: float32.
-
-    Raises:
-        UserError: it is no reward model, or it cannot read texts as long as a question and its answer.
+    Raises UserError if it is no reward model, or if it cannot read texts as long as a question and its answer.
     """
     model, tokenizer = load_reward_model(recipe.REWARD_MODEL, dtype)
     model.to(device).eval()

@@ -94,14 +94,10 @@ def fault_of(thinking: str, question: str, label: int, recipe: SimpleNamespace) 
 
 
 def judge(question: str, label: int, samples: list[dict], recipe: SimpleNamespace) -> dict:
-    """Judge the samples of a question; returns its line in questions.jsonl.
+    """Judge the samples of a question, each `{"text", "ended"}`, where `ended` is False if it was cut off.
 
-    Args:
-        samples: `{"text", "ended"}` of each, in the order drawn; `ended` is False if it was cut off.
-        recipe: the constants of make_traces.py.
-
-    Returns:
-        `{"question", "label", "right": how many, "samples": [{"text", "ended", "fault"}], "kept": [completions]}`
+    Returns the question's line in questions.jsonl:
+    `{"question", "label", "right": how many, "samples": [{"text", "ended", "fault"}], "kept": [completions]}`.
     """
     judged, kept, paths, right = [], [], [], 0
     for text, ended in ((each["text"], each["ended"]) for each in samples):
@@ -150,10 +146,7 @@ def open_folder(output: Path, settings: dict) -> None:
     """Record the settings in a new folder, or check that its samples were drawn with the same settings.
 
     Settings of a run without samples are replaced. Weights are compared only where both are known: those of a hub id
-    are not.
-
-    Raises:
-        UserError: the folder's samples were drawn with other settings, or it cannot be read.
+    are not. Raises UserError if the settings differ or the folder cannot be read.
     """
     path, log = output / "settings.json", output / "questions.jsonl"
     try:
@@ -174,8 +167,7 @@ def open_folder(output: Path, settings: dict) -> None:
 def read_log(path: Path, asked: list[tuple[str, int]], recipe: SimpleNamespace) -> list[dict]:
     """The questions that were sampled already, judged again with the filters of `recipe`.
 
-    Raises:
-        UserError: the file is damaged, or its questions are not the first of `asked`.
+    Raises UserError if the file is damaged, or if its questions are not the first of `asked`.
     """
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     try:
@@ -195,13 +187,8 @@ def read_log(path: Path, asked: list[tuple[str, int]], recipe: SimpleNamespace) 
 def write_learnable(folder: Path, rows: list[dict], dataset: str, recipe: SimpleNamespace) -> str:
     """Write a data set for train_grpo.py: the learnable questions, and the development and test questions of `dataset`.
 
-    A question is learnable if some samples are right and others wrong: the rewards in its group then differ.
-
-    Args:
-        rows: what `judge` returned for each question.
-
-    Returns:
-        A line that says what was written, or why nothing was.
+    A question is learnable if some samples are right and others wrong: the rewards in its group then differ. `rows` is
+    what `judge` returned for each question. Returns a line that says what was written, or why nothing was.
     """
     train = [(row["question"], row["label"]) for row in rows if recipe.MIN_RIGHT <= row["right"] < recipe.SAMPLES]
     which = f"right {recipe.MIN_RIGHT} to {recipe.SAMPLES - 1} times of {recipe.SAMPLES}"
@@ -220,14 +207,10 @@ def write_learnable(folder: Path, rows: list[dict], dataset: str, recipe: Simple
 
 # --------------------------------------------------------------------------------- files -> rows for fine-tuning
 def read_rows(file: str, flag: str, convert: Callable[[dict], dict]) -> list[dict]:
-    """The lines of a file as `{"prompt": [messages], "completion": [one assistant's message]}`.
+    """The lines of a file that `flag` names as `{"prompt": [messages], "completion": [one assistant's message]}`.
 
-    Args:
-        flag: names the file, for messages.
-        convert: `from_trace` or `from_conversation`.
-
-    Raises:
-        UserError: the file is missing, empty or not UTF-8, or a line has another format.
+    `convert` is `from_trace` or `from_conversation`. Raises UserError if the file is missing, empty or not UTF-8, or if
+    a line has another format.
     """
     try:
         lines = Path(file).read_text(encoding="utf-8-sig").split("\n")  # with or without a byte order mark
@@ -290,8 +273,7 @@ def keep_usable(
 ) -> list[dict]:
     """The rows that are short enough and not about a question of `held_out`. A note counts the others.
 
-    Raises:
-        UserError: no row is left.
+    Raises UserError if no row is left.
     """
     limits = f"longer than MAX_TOKENS {recipe.MAX_TOKENS} or MAX_COMPLETION_TOKENS {recipe.MAX_COMPLETION_TOKENS}"
     dropped, kept = {limits: 0, "on test or development questions": 0}, []

@@ -29,10 +29,8 @@ def lean_lm_head(device: torch.device, labelled_only: bool = True) -> Iterator[N
     """Within this context TRL's LM head computes the same with less work, on other devices than CUDA.
 
     On CUDA TRL has a kernel. Elsewhere it computes tiles of 32,768 columns of logits at a time, for all positions, with
-    prompts and padding. With a vocabulary of 150,000 that was 40 % of a CPU's work.
-
-    Args:
-        labelled_only: compute only the positions with a label; False keeps TRL's rounding.
+    prompts and padding. With a vocabulary of 150,000 that was 40 % of a CPU's work. With `labelled_only` only positions
+    that have a label are computed; False keeps TRL's rounding.
     """
     utils = trl.trainer.utils
     before = utils._use_triton, utils._CHUNKED_LOGPROB_CHUNK_SIZE
@@ -50,10 +48,7 @@ class AtomicCheckpoints:
     """Makes the checkpoints of a trainer complete or absent: `class Mine(AtomicCheckpoints, GRPOTrainer)`.
 
     If a checkpoint cannot be saved, one line says so and the run goes on. Only methods of transformers.Trainer are
-    overridden.
-
-    Raises:
-        UserError: the launcher uses FSDP or DeepSpeed.
+    overridden. Raises UserError if the launcher uses FSDP or DeepSpeed.
     """
 
     def __init__(self, *args, **kwargs) -> None:
