@@ -159,16 +159,10 @@ class LeanGRPOTrainer(AtomicCheckpoints, GRPOTrainer):
         compute_entropy: bool = False,
         **others,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """The log-probabilities of the completions' tokens, for the policy, the old policy and the reference model.
+        """Log-probabilities and entropies of the completions' tokens, both [rows, logits_to_keep] and 0 where masked.
 
-        Args:
-            input_ids, attention_mask: [rows, columns], prompts padded on the left, completions on the right.
-            logits_to_keep: the number of columns of the completions.
-            batch_size: rows at a time; None: all at once.
-            others: TRL's own method is used if any is set.
-
-        Returns:
-            Log-probabilities and entropies (or None), both [rows, logits_to_keep] and 0 where masked; and None.
+        `input_ids` and `attention_mask` are [rows, columns]: prompts, padded on the left, and in the last
+        `logits_to_keep` columns completions, padded on the right. TRL's own method is used if any of `others` is set.
         """
         if any(value is not None and value is not False for value in others.values()):
             return super()._get_per_token_logps_and_entropies(
@@ -215,15 +209,13 @@ class LeanGRPOTrainer(AtomicCheckpoints, GRPOTrainer):
         window = math.gcd(len(parts), self.args.gradient_accumulation_steps)
         for block in (parts[first : first + window] for first in range(0, len(parts), window)):
             batch = {name: torch.cat([part[name] for part in block]) for name, value in block[0].items() if value.ndim}
-            ids, mask = (
-                torch.cat([batch[f"prompt_{what}"], batch[f"completion_{what}"]], 1) for what in ("ids", "mask")
-            )
+            ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+            mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
             rows = packing.read_rows(ids, mask, batch["prompt_ids"].shape[1])
             teaches = self._teaches(batch).tolist()
-            dead = [row for row in rows if not teaches[row.index]]
             live = [row for row in rows if teaches[row.index]]
-            micro_batch = len(rows) // window
-            order = dead + packing.arrange(live, micro_batch, self.pair_cost, self.shares_prompts)
+            order = [row for row in rows if not teaches[row.index]]
+            order += packing.arrange(live, len(rows) // window, self.pair_cost, self.shares_prompts)
             order = torch.tensor([row.index for row in order], device=ids.device)
             for name, values in batch.items():
                 for part, chunk in zip(block, values[order].chunk(window), strict=True):
