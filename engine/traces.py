@@ -128,18 +128,11 @@ def write_lines(path: Path, rows: list[dict]) -> None:
 
 
 def append_lines(path: Path, rows: list[dict]) -> None:
-    """Append JSON lines, and wait until they are on the disk. Raises UserError if the file cannot be written.
-
-    If the process is killed, the last line may be incomplete; `read_log` drops it.
-    """
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        fault = first_line(error)
-        raise UserError(f"cannot write {str(path)!r}: {fault}; mend that, and the same command goes on") from error
+    """Append JSON lines, and wait until they are on the disk. A kill may cut the last one; `read_log` drops it."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def open_folder(output: Path, settings: dict) -> None:

@@ -93,7 +93,21 @@ class AtomicCheckpoints:
             open_weights(folder, folder / "trainer_state.json")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        check_fits(Path(resume_from_checkpoint), self.model)
+        # Trainer would load the weights that fit, and leave the others at random numbers.
+        adapter = isinstance(self.model, PeftModel)
+        weights = get_peft_model_state_dict(self.model) if adapter else self.model.state_dict()
+        needed = weights if adapter else dict(self.model.named_parameters())  # here a tied weight has one name only
+        shapes: dict[str, list[int]] = {}
+        for file in Path(resume_from_checkpoint).glob("*model*.safetensors"):  # model... or adapter_model...
+            with safe_open(file, "pt") as stored:
+                shapes |= {name: stored.get_slice(name).get_shape() for name in stored.keys()}
+        wrong = [name for name in needed if name not in shapes]
+        wrong += [name for name, shape in shapes.items() if name not in weights or shape != list(weights[name].shape)]
+        if wrong:
+            raise UserError(
+                f"{resume_from_checkpoint!r} was saved from another model ({len(wrong)} of {len(needed)} weights "
+                f"differ, the first: {wrong[0]}); resume with the model it was trained from, or name another --output"
+            )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -239,21 +253,3 @@ class LeanSFTTrainer(AtomicCheckpoints, SFTTrainer):
     def compute_loss(self, *args, **kwargs):
         with lean_lm_head(self.accelerator.device, labelled_only=False):
             return super().compute_loss(*args, **kwargs)
-
-
-def check_fits(checkpoint: Path, model: torch.nn.Module) -> None:
-    """Raises UserError if the weights in `checkpoint` are another model's. Trainer would load what fits, silently."""
-    adapter = isinstance(model, PeftModel)
-    weights = get_peft_model_state_dict(model) if adapter else model.state_dict()
-    needed = weights if adapter else dict(model.named_parameters())  # here a tied weight has one name only
-    shapes: dict[str, list[int]] = {}
-    for file in checkpoint.glob("adapter_model*.safetensors" if adapter else "model*.safetensors"):
-        with safe_open(file, "pt") as stored:
-            shapes |= {name: stored.get_slice(name).get_shape() for name in stored.keys()}
-    wrong = [name for name in needed if name not in shapes]
-    wrong += [name for name, shape in shapes.items() if name not in weights or shape != list(weights[name].shape)]
-    if wrong:
-        raise UserError(
-            f"{str(checkpoint)!r} was saved from another model ({len(wrong)} of {len(needed)} weights differ, the "
-            f"first: {wrong[0]}); resume with the model it was trained from, or start another run with --output"
-        )
