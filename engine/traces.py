@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # ----------------------------------------------------------------------------------------- text -> thinking, number
-# A box, with the signs of the formula around it if there is nothing else in the formula. Braces inside it may be nested
-# once, as in \boxed{\text{18 美元}}. No part can match in two ways, so the search is linear: model output is untrusted.
+# A box, with the signs of its formula if the formula holds nothing else. Braces inside it may be nested once, as in
+# \boxed{\text{18 美元}}. No part can match in two ways, so the search is linear: model output is untrusted.
 _BOX = re.compile(
     r"(?P<open>(?:\\\[|\\\(|\$\$?)\s*)?\\boxed\{(?P<inside>[^{}]*(?:\{[^{}]*\}[^{}]*)*)\}(?(open)\s*(?:\\\]|\\\)|\$\$?))"
 )
@@ -82,7 +82,7 @@ def fault_of(thinking: str, question: str, label: int, recipe: SimpleNamespace) 
         return "long paragraph"
     if chinese_share(thinking, question) < recipe.MIN_CHINESE:
         return "mixed languages"
-    # The label must be the result of a computation, or be named twice more often than in the question: no guess.
+    # A guess neither computes the label nor names it at least twice more than the question does.
     results = [find_numbers(part)[:1] for part in thinking.split("=")[1:]]
     said = find_numbers(thinking).count(label) - find_numbers(question).count(label)
     if [label] not in results and said < 2:
