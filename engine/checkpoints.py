@@ -1,7 +1,7 @@
-"""What must not get lost: the checkpoints, recipe and results of a run, and an orderly stop.
+"""What a run must not lose: its checkpoints, recipe, results and trained model; and how it stops in good order.
 
-A checkpoint is written to `.tmp-checkpoint-N`, synced to the disk and renamed, so that `checkpoint-N` is whole or not
-there: kill -9 or a power cut at any moment costs the steps since the last save, nothing else.
+A checkpoint is written to `.tmp-checkpoint-N`, synced to the disk and renamed, so `checkpoint-N` is either complete or
+not there. A kill -9 or a power cut at any moment costs the steps since the last save and nothing else.
 """
 
 from __future__ import annotations
@@ -31,17 +31,16 @@ from engine.console import UserError, first_line, note
 from engine.folder import check_writable, existing, lock, sync, write_text
 from engine.model_card import modelfile
 
-# What a run leaves behind that nobody wants overwritten. `base/` (the demo's cache) does not count.
+# A new run is refused in a folder that holds one of these. `base/` (the demo's cache) does not count.
 PROTECTED = ["checkpoint-*", "*.safetensors", "adapter"]
-# What a run writes before its first save, and may be begun again.
+# A run writes these before its first save. A new run may replace them.
 REPLACEABLE = ["results.json", "samples.jsonl", "runs", "curves.png", "recipe"]
-# What a killed run was about to write, or to delete.
+# A killed run may leave these behind.
 LEFTOVERS = [".tmp-checkpoint-*", ".tmp-old-checkpoint-*", ".tmp-model", ".tmp-*.json*", ".tmp-README.md"]
-# Constants that make what the weights are: a checkpoint fits no others. All else may change when a run is resumed.
-# TRACES is train_sft.py's: neither script goes on with what the other has begun.
-INCOMPATIBLE = {"MODEL", "TRACES", "USE_LORA", "LORA_RANK", "LORA_ALPHA", "LORA_MODULES"}
-# And inputs that must not change, by their fingerprints, though they keep their names
-INCOMPATIBLE_INPUTS = {
+# What must not change when a run is resumed, and why. All other constants and inputs may change.
+UNFIT = "the weights saved in {!r} do not fit that; change it back"
+INCOMPATIBLE = dict.fromkeys(["MODEL", "USE_LORA", "LORA_RANK", "LORA_ALPHA", "LORA_MODULES"], UNFIT) | {
+    "TRACES": UNFIT,  # a constant of train_sft.py only: neither script continues a run of the other
     "TEST_READ": "`before` in {!r} was measured on other questions; put the old test split back",
     "MODEL_READ": "the adapter saved in {!r} belongs to the old weights; put them back into MODEL's folder",
 }
@@ -49,68 +48,59 @@ INCOMPATIBLE_INPUTS = {
 
 # -------------------------------------------------------------------------------------- the output folder, before
 def find(output: Path, recipe: SimpleNamespace, resume: bool) -> Path | None:
-    """The checkpoint that a run in `output` continues, None for a new run. Only looks: `begin` then changes things.
+    """The checkpoint that a run in `output` continues, or None for a new run. Changes nothing on the disk.
 
-    Raises:
-        UserError: a new run where something trained lies already; nothing complete to resume, or nothing left to do;
-            a recipe whose model the saved weights do not fit; no folder that can be written to.
+    Raises UserError if `output` cannot be written to; if it holds a run and this is a new one; or if the run in it
+    cannot be resumed: no complete checkpoint, a constant that the saved weights do not fit, nothing left to do.
     """
     check_writable(output)
     results = read_results(output)
     held = [path.name for pattern in PROTECTED for path in sorted(output.glob(pattern))]
-    if results.get("finished"):
-        held.append("results.json")
+    held += ["results.json"] if results.get("finished") else []
     if not resume:
         if held:
-            raise UserError(
-                f"{str(output)!r} already holds a run ({held[0]}), which is never overwritten; "
-                "continue it with --resume, or name another folder with --output"
-            )
+            remedy = "continue it with --resume, or name another folder with --output"
+            raise UserError(f"{str(output)!r} already holds a run ({held[0]}), which is never overwritten; {remedy}")
         return None
     checkpoint = newest_checkpoint(output)
-    changes = refuse_incompatible(output, recipe)
-    done = results.get("finished") and results.get("steps") == step_of(checkpoint) and any(output.glob("*.safetensors"))
-    if done and not {"MAX_STEPS", "EPOCHS"} & changes.keys():
-        raise UserError(
-            f"the run in {str(output)!r} is finished, nothing is left to resume; start another with --output"
-        )
+    longer = {"MAX_STEPS", "EPOCHS"} & refuse_incompatible(output, recipe).keys()
+    if results.get("finished") and any(output.glob("*.safetensors")) and not longer:
+        raise UserError(f"the run in {str(output)!r} is finished, nothing is left to resume; name another --output")
     return checkpoint
 
 
 def refuse_incompatible(output: Path, recipe: SimpleNamespace) -> dict[str, tuple]:
-    """The changed constants where the run in `output` can go on with them; else raises UserError.
+    """The changed constants, as in `changed_constants`. Raises UserError if the run in `output` cannot go on with them.
 
-    `find` asks before the inputs are read; the scripts ask again once they are and their fingerprints known.
+    This is asked before the inputs are read, and again when their fingerprints are known.
     """
     changes = changed_constants(output, recipe)
-    for name in (INCOMPATIBLE | INCOMPATIBLE_INPUTS.keys()) & changes.keys():
-        if name != "MODEL_READ" or recipe.USE_LORA:  # a checkpoint of all weights needs no others
-            (before, now), folder = changes[name], str(output)
-            why = INCOMPATIBLE_INPUTS.get(name, "the weights saved in {!r} do not fit that; change it back").format(
-                folder
-            )
+    for name, (before, now) in changes.items():
+        # without an adapter the checkpoint holds all weights, and MODEL's are not needed
+        if name in INCOMPATIBLE and (name != "MODEL_READ" or recipe.USE_LORA):
+            why = INCOMPATIBLE[name].format(str(output))
             raise UserError(f"{name} was {before!r} and is {now!r}: {why}, or start another run with --output")
     return changes
 
 
 def begin(output: Path, recipe: SimpleNamespace, checkpoint: Path | None) -> dict:
-    """Make `output` ready once nothing can be refused any more; returns the results of a resumed run so far.
+    """Make `output` ready for a run that nothing can refuse any more; returns what a resumed run has measured so far.
 
-    What a killed run left half-done goes, and for a new run one that ended before its first save. For a resumed one,
-    newer checkpoints, which are damaged, are set aside, and changed constants are named and recorded.
+    Deletes what a killed run left incomplete. A new run also deletes what a run without any checkpoint left there. A
+    resumed run renames newer, damaged checkpoints, and names and records changed constants.
     """
     lock(output)
     if checkpoint is None:
-        find(output, recipe, resume=False)  # again: a folder that was not there could not be locked when it looked
+        find(output, recipe, resume=False)  # again: a folder that did not exist at the first look was not locked
     for pattern in LEFTOVERS:
         _delete(output.glob(pattern))
     if checkpoint is None:
-        if (output / "recipe" / "recipe.json").exists():  # else these names are somebody else's
+        if (output / "recipe" / "recipe.json").exists():  # without it, files of these names are not a run's
             _delete(output / name for name in REPLACEABLE)
         save_recipe(output, recipe)
         return {}
     for damaged in (path for path in list_checkpoints(output) if step_of(path) > step_of(checkpoint)):
-        aside = damaged.with_name(f"damaged-{damaged.name}")  # no rotation counts it, no later save meets it
+        aside = damaged.with_name(f"damaged-{damaged.name}")
         shutil.rmtree(aside, ignore_errors=True)
         note(f"{damaged.name} skipped, it is damaged ({find_fault(damaged)}); it is now {aside.name}")
         damaged.rename(aside)
@@ -123,7 +113,7 @@ def begin(output: Path, recipe: SimpleNamespace, checkpoint: Path | None) -> dic
             shutil.copy(output / "recipe" / "recipe.json", old)
         save_recipe(output, recipe)
     results = read_results(output)
-    results.pop("finished", None)  # comes last in the file and in the summary
+    results.pop("finished", None)  # it is added last, and so printed last
     return results
 
 
@@ -136,16 +126,14 @@ def _delete(paths: Iterable[Path]) -> None:
 
 
 def newest_checkpoint(output: Path) -> Path:
-    """The newest complete checkpoint. Raises UserError where there is none, naming each damaged one."""
+    """The newest complete checkpoint. Raises UserError if there is none, naming each damaged one."""
     damaged = []
     for path in reversed(list_checkpoints(output)):
         if (fault := find_fault(path)) is None:
             return path
         damaged.append(f"{path.name} is damaged: {fault}")
-    raise UserError(
-        f"--resume: {str(output)!r} holds no complete checkpoint"
-        + (f" ({'; '.join(damaged)}); start a new run in another --output" if damaged else "; start without --resume")
-    )
+    remedy = f" ({'; '.join(damaged)}); start a new run in another --output" if damaged else "; start without --resume"
+    raise UserError(f"--resume: {str(output)!r} holds no complete checkpoint{remedy}")
 
 
 def list_checkpoints(output: Path) -> list[Path]:
@@ -159,49 +147,45 @@ def step_of(checkpoint: Path) -> int:
 
 
 def find_fault(checkpoint: Path) -> str | None:
-    """Why this checkpoint cannot be resumed from; None where it is complete. Cheap: no tensor is read."""
-    files = sorted(path for path in checkpoint.iterdir() if path.is_file())
+    """Why this checkpoint cannot be resumed from; None if it is complete. Fast, because no tensor is read."""
     for pattern in ("trainer_state.json", "scheduler.pt", "optimizer.pt", "rng_state*.pth", "*.safetensors"):
         if not any(checkpoint.glob(pattern)):
             return f"no {pattern}"
-    for file in files:
+    for file in sorted(checkpoint.iterdir()):
         try:
             if file.suffix == ".json":
                 content = json.loads(file.read_text(encoding="utf-8"))
                 if file.name == "trainer_state.json" and content["global_step"] != step_of(checkpoint):
                     return f"trainer_state.json is of step {content['global_step']}"
-                if file.name.endswith(".safetensors.index.json"):
-                    for part in set(content["weight_map"].values()) - {path.name for path in files}:
-                        return f"no {part}"
             elif file.suffix == ".safetensors":
                 with safe_open(file, "pt"):  # compares the header with the file's length
                     pass
             elif file.suffix in (".pt", ".pth"):
                 with safe_globals():
                     torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # every reader has errors of its own, and any of them means damage
+        except Exception as error:  # each reader raises errors of its own, and any of them means damage
             return f"{file.name}: {first_line(error)}"
     return None
 
 
 def checkpoint_bytes(model: torch.nn.Module) -> tuple[int, int]:
-    """The size of a checkpoint (weights, and two Adam moments of the trainable ones), and of the saved model."""
+    """The sizes of a checkpoint (weights, and two Adam moments of the trainable ones) and of the saved model."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    saved = trainable if trainable < weights else weights  # an adapter's checkpoint holds the adapter only
+    saved = trainable if trainable < weights else weights  # the checkpoint of an adapter holds the adapter only
     return saved + 2 * trainable, weights
 
 
 def check_disk(output: Path, model: torch.nn.Module, save_limit: int) -> None:
-    """Raises UserError where `output`'s disk has no room for what a run still has to save there.
+    """Raises UserError if the disk of `output` has no room for what a run still has to save.
 
-    One checkpoint more than `save_limit` exists while the oldest is replaced (with a limit of 1 the best and the
-    newest stay), and the model saved at the end comes on top.
+    While the oldest checkpoint is replaced there is one more than `save_limit` (with a limit of 1 the best and the
+    newest stay). The model that is saved at the end comes on top.
     """
     each, final = checkpoint_bytes(model)
     count = max(save_limit, 2) + 1
     needed = each * max(count - len(list_checkpoints(output)), 1) + final
-    free = shutil.disk_usage(existing(output)).free  # of several processes the main one makes the folder, later
+    free = shutil.disk_usage(existing(output)).free  # the main process may not have made the folder yet
     if free < needed:
         raise UserError(
             f"{str(output)!r} has {free / 1e9:.1f} GB free and this run needs {needed / 1e9:.1f} GB more for "
@@ -211,12 +195,11 @@ def check_disk(output: Path, model: torch.nn.Module, save_limit: int) -> None:
 
 # ---------------------------------------------------------------------------------------------- recipe and results
 def write_json(path: Path, content: dict) -> None:
-    """The same for JSON."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def _read_json(path: Path, key: str) -> dict:
-    """A file that a run wrote, with that key in it. Raises UserError where it is damaged or somebody else's."""
+    """Read a file that a run wrote and that has `key` in it. Raises UserError if it is damaged or not a run's."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -227,62 +210,56 @@ def _read_json(path: Path, key: str) -> dict:
 
 
 def read_results(output: Path) -> dict:
-    """results.json of an earlier start of this run, or nothing. Raises UserError where it is no such file."""
+    """results.json of an earlier start of this run; {} if there is none. Raises UserError if no run wrote it."""
     return _read_json(output / "results.json", "finished") if (output / "results.json").is_file() else {}
 
 
 def describe_recipe(recipe: SimpleNamespace) -> dict:
-    """All that makes an experiment, as JSON gives it back."""
+    """All that makes an experiment: the constants, what is asked from prompts.py, and the versions, as plain JSON."""
     names = ("OPEN_SYSTEM_PROMPT", "QUESTION_COLUMN", "ANSWER_COLUMN")
     asked = {name: getattr(prompts, name) for name in names}
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "datasets", "peft")}
-    names_of_rewards = {"default": lambda reward: reward.__name__}
-    return json.loads(json.dumps(vars(recipe) | asked | {"versions": versions}, **names_of_rewards))
+    everything = vars(recipe) | asked | {"versions": versions}
+    return json.loads(json.dumps(everything, default=lambda reward: reward.__name__))
 
 
 def save_recipe(output: Path, recipe: SimpleNamespace) -> None:
-    """Keep in `output/recipe/` what made this run: every constant, the versions, the scripts themselves."""
+    """Write `output/recipe/`: recipe.json, and copies of the scripts."""
     folder = output / "recipe"
     folder.mkdir(parents=True, exist_ok=True)
     project = Path(__file__).parent.parent
     for script in [*project.glob("*.py"), *project.glob("engine/*.py")]:
         copy = folder / script.relative_to(project)
         copy.parent.mkdir(exist_ok=True)
-        copy.unlink(missing_ok=True)  # it may be read-only, as the script may be: no mode is copied
+        copy.unlink(missing_ok=True)  # the copy, like the script, may be read-only
         shutil.copyfile(script, copy)
     write_json(folder / "recipe.json", describe_recipe(recipe))
 
 
 def changed_constants(output: Path, recipe: SimpleNamespace) -> dict[str, tuple]:
-    """The constants, prompt and versions that differ from what `output` was begun with: name -> (before, now).
+    """What differs from the recipe that `output` was begun with: name -> (before, now).
 
-    A fingerprint (..._READ) differs only where both are known: an older run has none, and `find` looks before they are.
+    A fingerprint (..._READ) differs only where both are known: they are not known before the inputs are read.
     """
     before, now = _read_json(output / "recipe" / "recipe.json", "OUTPUT_DIR"), describe_recipe(recipe)
-    old, new = before.pop("OUTPUT_DIR") + os.sep, now.pop("OUTPUT_DIR") + os.sep
-    for name, value in before.items():
-        if isinstance(value, str) and value.startswith(old):  # the demo's model: the folder may have been moved
-            before[name] = new + value.removeprefix(old)
-    return {
-        name: (before.get(name), now.get(name))
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-        and not (name.endswith("_READ") and None in (before.get(name), now.get(name)))
-    }
+    changes = {}
+    for name in sorted((before.keys() | now.keys()) - {"OUTPUT_DIR"}):
+        values = before.get(name), now.get(name)
+        if values[0] != values[1] and not (name.endswith("_READ") and None in values):
+            changes[name] = values
+    return changes
 
 
+# --------------------------------------------------------------------------------------------------------- saving
 def save_trained(trainer: Trainer, output: Path, max_tokens: int) -> None:
-    """Save the model at the root of `output`; of an adapter also itself, in `adapter/`, and the model merged with it.
+    """Save the trained model at the root of `output`; for LoRA the merged model there and the adapter in `adapter/`.
 
-    Whoever generates with it by default does so as it was evaluated: greedily, and through Ollama, by the Modelfile
-    beside it, under the prompt of the training and with at most `max_tokens` tokens.
-
-    Raises:
-        UserError: it cannot be written; the last checkpoint still holds it.
+    The Modelfile makes Ollama ask it as it was evaluated: under the prompt of its training, greedily, with at most
+    `max_tokens` tokens. Raises UserError if it cannot be written; the last checkpoint still holds it.
     """
     temporary, lora = output / ".tmp-model", isinstance(trainer.model, PeftModel)
     model = trainer.model.get_base_model() if lora else trainer.model
-    model.config.use_cache = True  # the trainer switched it off; whoever loads the model wants it
+    model.config.use_cache = True  # the trainer has switched it off
     # merged into rounded weights, small updates would be lost
     assert all(weight.dtype == torch.float32 for weight in trainer.model.parameters())
     try:
@@ -297,51 +274,50 @@ def save_trained(trainer: Trainer, output: Path, max_tokens: int) -> None:
         open_weights(temporary, temporary / "Modelfile")
         _sync_all(temporary)
         for path in temporary.iterdir():
-            if path.is_dir():  # no folder replaces another
+            if path.is_dir():  # os.replace does not replace a folder that has files
                 _delete([output / path.name])
             os.replace(path, output / path.name)
         temporary.rmdir()
         sync(output)
     except Exception as error:  # as in failure_of
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"the trained model could not be saved ({first_line(error)}); mend that and --resume"
-        ) from error
+        fault = first_line(error)
+        raise UserError(f"the trained model could not be saved ({fault}); mend that and --resume") from error
 
 
 def limit_answers(model: PreTrainedModel, max_tokens: int) -> None:
-    """Let whoever generates with the saved model do so as it is evaluated here: greedily, with so many tokens."""
+    """Make greedy decoding with at most `max_tokens` tokens the default of the saved model, as it is evaluated here."""
     ends = {name: getattr(model.generation_config, name) for name in ("eos_token_id", "pad_token_id")}
-    # `pipeline` samples where do_sample is not said
+    # do_sample is said, because `pipeline` samples otherwise
     model.generation_config = GenerationConfig(**ends, max_new_tokens=max_tokens, do_sample=False)
 
 
 def open_weights(folder: Path, like: Path) -> None:
-    """Let those read the weights in `folder` who may read `like`; safetensors (issue #782) lets the owner alone."""
+    """Give the weights in `folder` the mode of the file `like`: safetensors (issue #782) lets only the owner read."""
     for weights in folder.rglob("*.safetensors"):
         shutil.copymode(like, weights)
 
 
 def failure_of(work: Callable[..., None], *args) -> str | None:
-    """Why `work` failed; None where it did not."""
+    """Why `work` failed; None if it did not."""
     try:
         work(*args)
-    except Exception as error:  # torch, safetensors, tokenizers and Python each say "disk full" by a class of their own
+    except Exception as error:  # torch, safetensors, tokenizers and Python each have their own error for a full disk
         return first_line(error)
     return None
 
 
 def _sync_all(folder: Path) -> None:
-    """The same for a folder and all that is in it."""
+    """Wait until a folder and everything in it is on the disk."""
     for path in [*folder.rglob("*"), folder]:
         sync(path)
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Make a checkpoint appear under its name, all of it at once.
+    """Rename a checkpoint from `temporary` to `final` when all of it is on the disk.
 
-    Where the same step was saved before, that checkpoint stays if it is complete: it holds the same, and replacing it
-    would take two renames, between which a kill would leave no checkpoint of this step under its name.
+    A complete checkpoint of the same step is kept: it holds the same, and replacing it would take two renames, between
+    which a kill would leave no checkpoint of this step.
     """
     _sync_all(temporary)
     if final.exists() and find_fault(final) is None:
@@ -353,26 +329,26 @@ def publish(temporary: Path, final: Path) -> None:
 
 
 def rotate(output: Path, limit: int, best_step: int | None) -> None:
-    """Keep `limit` checkpoints: the newest one and the best one always, then the next newest.
+    """Delete the oldest checkpoints until `limit` are left, but never the newest one or the best one.
 
-    transformers' rotate_checkpoints keeps the same ones, but deletes in place: a kill half-way leaves a damaged one.
+    transformers' rotate_checkpoints deletes the same ones, but in place: a kill half-way leaves a damaged checkpoint.
     """
-    steps = [step_of(path) for path in reversed(list_checkpoints(output))]
-    keep = {steps[0], best_step} & set(steps)
-    keep |= set([step for step in steps if step not in keep][: max(limit - len(keep), 0)])
-    for step in set(steps) - keep:
+    steps = [step_of(path) for path in list_checkpoints(output)]
+    others = [step for step in steps[:-1] if step != best_step]
+    for step in others[: max(len(steps) - limit, 0)]:
         with suppress(OSError):  # it stays, and the next save tries again
             doomed = output / f".tmp-old-checkpoint-{step}"
             (output / f"checkpoint-{step}").rename(doomed)
             shutil.rmtree(doomed)
 
 
+# ------------------------------------------------------------------------------------------------------- stopping
 class StopSignals(TrainerCallback):
-    """Within `with StopSignals(trainer) as stop:` Ctrl-C, SIGTERM and SIGHUP end the training after a step, and save.
+    """Within `with StopSignals(trainer) as stop:` Ctrl-C, SIGTERM and SIGHUP end the training after a step and a save.
 
-    The handler only notes the signal, which all processes compare at the end of each step; a second signal finds the
-    system's own handler and ends the process at once, but for SIGHUP: the shell of a terminal that closes and the
-    kernel both send it. `stop.signal` is 0 or the signal that ended the training.
+    The handler only notes the signal; all processes compare what they noted at the end of each step. A second signal
+    ends the process at once. The exception is SIGHUP, which a closing terminal's shell and the kernel both send.
+    `stop.signal` is the signal that ended the training, or 0.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -381,7 +357,7 @@ class StopSignals(TrainerCallback):
 
     def __enter__(self) -> StopSignals:
         numbers = [signal.SIGINT, signal.SIGTERM]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup has set
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has set SIG_IGN
             numbers.append(signal.SIGHUP)
         self.previous = {number: signal.signal(number, self.receive) for number in numbers}
         return self
@@ -394,18 +370,18 @@ class StopSignals(TrainerCallback):
         self.signal = number
         signal.signal(number, signal.SIG_DFL if number in (signal.SIGINT, signal.SIGTERM) else signal.SIG_IGN)
         if os.environ.get("RANK", "0") == "0":
-            with suppress(OSError):  # a terminal that has closed
+            with suppress(OSError):  # the terminal may have closed
                 os.write(2, b"\nstopping after this step; once more stops at once\n")  # print may be in use right now
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.signal = max(gather_object([self.signal]))
         if self.signal:
-            control.should_log = True  # before the save, so that a resumed run's history has no gap
+            control.should_log = True  # before the save: the history of a resumed run then has no gap
             control.should_save = control.should_training_stop = True
 
     def leave(self, output: Path, results: dict) -> None:
-        """End the program as the signal wanted, having kept the results so far and said how to go on."""
-        if os.environ.get("RANK", "0") == "0":
+        """Write the results so far, say how to go on, and end the program with the exit code of the signal."""
+        if self.trainer.is_world_process_zero():
             write_json(output / "results.json", results | {"finished": False})
             words = [word for word in sys.argv if word != "--resume"]
             launcher = "python" if os.environ.get("WORLD_SIZE", "1") == "1" else "(the same launcher)"
@@ -418,10 +394,10 @@ class StopSignals(TrainerCallback):
 
 
 def end_together(trainer: Trainer) -> None:
-    """The processes of a run wait for the main one, and leave their group in order.
+    """Let all processes of a run wait for the main one and leave their group in order.
 
-    One that ended at once could do so while a thread of gloo still holds tensors of its last gather; freeing them then
-    aborts the process, and the launcher kills the others.
+    A process that ended at once could do so while a thread of gloo still holds tensors of its last gather. Freeing them
+    then aborts the process, and the launcher kills the others.
     """
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.state.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The constants at the top of a script: read, changed for one run, and checked."""
+"""Reads the constants at the top of a script, changes them for one run, and checks them."""
 
 import math
 from pathlib import Path
@@ -7,15 +7,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from engine.console import UserError
 
-# The flag that changes a constant for one run.
-FLAGS = {
-    "MODEL": "--model",
-    "DATASET": "--dataset",
-    "OUTPUT_DIR": "--output",
-    "SEED": "--seed",
-    "MAX_STEPS": "--max-steps",
-}
-# The range of a constant, in words and as a test. Any other number must be above 0, and any other text not empty.
+# Constants that a flag can change for one run
+FLAGS = {"MODEL": "--model", "DATASET": "--dataset", "OUTPUT_DIR": "--output", "SEED": "--seed"}
+FLAGS["MAX_STEPS"] = "--max-steps"
+# The ranges of constants, in words and as a test. All other numbers must be above 0, and all other texts not empty.
 RANGES = {
     "SEED": ("from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32),
     "COMPLETIONS_PER_QUESTION": ("2 or more: one is its own baseline", lambda value: value >= 2),
@@ -34,21 +29,14 @@ RANGES = {
     "MIX_SHARE": ("from 0, below 1", lambda value: 0 <= value < 1),
     "FINAL_RATE": ("from 0 to 1", lambda value: 0 <= value <= 1),
 }
-WORDS = {
-    str: "a text",
-    bool: "True or False",
-    int: "a whole number",
-    float: "a number",
-    list[str]: "a list of texts",
-    tuple[float, float]: "two numbers",
-}
+WORDS = {str: "a text", bool: "True or False", int: "a whole number", float: "a number"}  # type -> in words
+WORDS |= {list[str]: "a list of texts", tuple[float, float]: "two numbers"}
 
 
 def constants_of(script: ModuleType) -> dict[str, Any]:
-    """The constants of a script by name: what stands at its top in capitals with a type.
+    """The constants of a script by name: the names in capitals at its top that have a type.
 
-    Raises:
-        UserError: a value in capitals without a type. It lost the type in editing, and would be ignored silently.
+    Raises UserError for one without a type, which somebody has lost in editing: it would have no effect.
     """
     types = get_type_hints(script)
     for name, value in vars(script).items():
@@ -64,16 +52,9 @@ def constants_of(script: ModuleType) -> dict[str, Any]:
 def make_recipe(
     constants: dict[str, Any], demo: dict[str, Any], given: dict[str, Any], flags: dict[str, Any]
 ) -> SimpleNamespace:
-    """The constants of one run. What comes later in the arguments wins.
+    """The constants of one run: the script's, those of the demo, those `given` to `main`, the flags. The last one wins.
 
-    Args:
-        constants: the script's own.
-        demo: those that the demo changes; {} where this is not the demo.
-        given: the keyword arguments of `main`.
-        flags: the values of the flags by the constant they change; None where a flag was not given.
-
-    Raises:
-        UserError: `given` names a constant that there is not.
+    A flag that was not given is None. Raises UserError if `given` names a constant that does not exist.
     """
     for name in given:
         if name not in constants:
@@ -83,31 +64,30 @@ def make_recipe(
 
 
 def check_constants(constants: dict[str, Any], *scripts: ModuleType) -> None:
-    """Check the type and the range of every constant that one of these scripts defines; a later script's type wins.
+    """Check the type and the range of every constant that one of these scripts defines; later scripts win.
 
-    Raises:
-        UserError: the first constant of a wrong type or out of its range, with the file to mend.
+    Raises UserError for the first constant that has a wrong type or is out of range, with the file to edit.
     """
-    defined = {
-        name: (kind, Path(script.__file__).name)
-        for script in scripts
-        for name, kind in get_type_hints(script).items()
-        if name in constants
-    }
+    defined = {}
+    for script in scripts:
+        file = Path(script.__file__).name
+        defined |= {name: (kind, file) for name, kind in get_type_hints(script).items() if name in constants}
     for name, (kind, file) in defined.items():
         value = constants[name]
         if not is_a(value, kind):
             allowed = WORDS.get(kind) or f"one of {', '.join(map(repr, get_args(kind)))}"
             raise UserError(f"{name} = {value!r} is not {allowed}; mend it in {file}")
+        if kind is bool:
+            continue
         default = ("above 0", lambda value: value > 0) if type(value) in (int, float) else ("a text", bool)
-        words, holds = RANGES.get(name, (None, lambda value: True) if isinstance(value, bool) else default)
+        words, holds = RANGES.get(name, default)
         if not holds(value):
             flag = f", or by {FLAGS[name]}" if name in FLAGS else ""
             raise UserError(f"{name} = {value!r} is not {words}; mend it in {file}{flag}")
 
 
 def is_a(value: Any, kind: Any) -> bool:
-    """Whether a value fits an annotation. True and NaN are no numbers, and a list holds no empty text."""
+    """Whether a value fits an annotation. True and NaN do not count as numbers; a list must not hold empty texts."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     if get_origin(kind) in (list, tuple):

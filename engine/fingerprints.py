@@ -1,4 +1,4 @@
-"""What a run is fed, told by its content: a file or a folder may change and keep its name."""
+"""Fingerprints of the inputs of a run. A file or folder may change and keep its name; its fingerprint changes."""
 
 from __future__ import annotations
 
@@ -11,21 +11,15 @@ from engine.console import UserError, first_line
 
 
 def fingerprint_rows(rows: Sequence) -> str:
-    """The number of rows, of anything that JSON can hold, and a hash of them in their order."""
+    """The number of rows and a hash of them, in their order. Rows are anything that JSON can hold."""
     return f"{len(rows)} rows, sha256 {hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]}"
 
 
 def fingerprint_weights(model: str) -> str | None:
-    """A hash of a folder's weights, of an adapter also of those that it was trained on. Names and times do not count.
+    """A hash of the weights in a folder; for an adapter also of the model that it was trained on.
 
-    Every byte is read, a second for a gigabyte: a sample could miss a training that changes few tensors, and loading
-    the model then finds the bytes in memory.
-
-    Returns:
-        None where no folder holds weights: a hub id stands for itself, its commit changes with every edited page.
-
-    Raises:
-        UserError: a file that cannot be read.
+    Every byte is read, at about a gigabyte a second, because a training may change few tensors. Returns None for a hub
+    id or a folder without weights. Raises UserError if a file cannot be read.
     """
     files = sorted(Path(model).glob("*.safetensors")) if model else []
     config, digest = Path(model, "adapter_config.json"), hashlib.sha256()

@@ -1,4 +1,4 @@
-"""The folder that a run writes to: whether it can, and that no other run does so at the same time."""
+"""The folder that a run writes to: it must be writable, and no other run may write there at the same time."""
 
 import os
 import platform
@@ -7,18 +7,18 @@ from pathlib import Path
 
 from engine.console import UserError, first_line, note
 
-HELD: set[Path] = set()  # the lock files that this process holds
+HELD: set[Path] = set()  # the lock files of the folders that this process has locked
 
 
 def existing(output: Path) -> Path:
-    """The folder itself, or the nearest one above it that is there."""
+    """The folder itself, or the nearest one above it that exists."""
     return next(path for path in (output, *output.absolute().parents) if path.exists())
 
 
 def check_writable(output: Path) -> None:
-    """Raises UserError where nothing can be written to `output`, be it there already or not."""
+    """Raises UserError if nothing can be written to `output`, which need not exist yet."""
     try:
-        with tempfile.TemporaryFile(dir=existing(output)):  # tried: no look at permissions tells about all file systems
+        with tempfile.TemporaryFile(dir=existing(output)):  # permissions alone do not tell on every file system
             pass
     except OSError as error:
         what = "is a file" if output.is_file() else f"cannot be written to ({error.strerror})"
@@ -26,13 +26,11 @@ def check_writable(output: Path) -> None:
 
 
 def lock(output: Path) -> None:
-    """Make `output` where it is not there, and keep other processes from writing a run there until this one ends.
+    """Make `output` if it does not exist, and keep other processes from writing a run there until this one ends.
 
-    The operating system releases the lock, also after kill -9. `.lock` names the process that holds it or held it last,
-    and stays: a lock file that is deleted can be held twice.
-
-    Raises:
-        UserError: another process holds the lock, or the folder cannot be written to.
+    The operating system releases the lock, also after kill -9. The file `.lock` names the last process that held it. It
+    stays, because two processes could each lock a file that is deleted and made again. Raises UserError if another
+    process has locked the folder, or if it cannot be written to.
     """
     check_writable(output)
     output.mkdir(parents=True, exist_ok=True)
@@ -40,11 +38,11 @@ def lock(output: Path) -> None:
     if path in HELD:
         return
     try:
-        if _try_lock(os.open(path, os.O_RDWR | os.O_CREAT, 0o666)):  # stays open: closing it would release the lock
+        if _try_lock(os.open(path, os.O_RDWR | os.O_CREAT, 0o666)):  # not closed: that would release the lock
             HELD.add(path)
             path.write_text(f"{os.getpid()} on {platform.node()}")
             return
-    except OSError as error:  # network file systems exist that know no locks
+    except OSError as error:  # some network file systems have no locks
         note(f"{str(output)!r} cannot be locked ({first_line(error)}); start no other run there before this one ends")
         return
     raise UserError(
@@ -54,12 +52,12 @@ def lock(output: Path) -> None:
 
 
 def _try_lock(handle: int) -> bool:
-    """Lock an open file without waiting; False where another process has locked it."""
+    """Lock an open file without waiting; False if another process has locked it."""
     try:
         if os.name == "nt":
             import msvcrt
 
-            os.lseek(handle, 1 << 20, os.SEEK_SET)  # far behind the text: what Windows locks, nobody else can read
+            os.lseek(handle, 1 << 20, os.SEEK_SET)  # behind the text: Windows lets nobody else read what is locked
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
@@ -72,7 +70,7 @@ def _try_lock(handle: int) -> bool:
 
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk."""
-    if path.is_dir() and os.name == "nt":  # Windows opens no folders and needs none synced
+    if path.is_dir() and os.name == "nt":  # Windows cannot open folders, and need not sync them
         return
     handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     try:
@@ -82,7 +80,7 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write all of it or nothing: readers never meet half a file."""
+    """Write a file completely or not at all: no reader finds half a file."""
     temporary = path.with_name(f".tmp-{path.name}")
     temporary.write_text(text, encoding="utf-8")
     sync(temporary)

@@ -1,4 +1,4 @@
-"""The adapter: its configuration, the frozen weights below it in low precision, and in full again for the merge."""
+"""LoRA: the adapter's configuration, and the precision of the frozen weights below it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ from engine.models import load_model
 
 
 def lora_config(recipe: SimpleNamespace, model: PreTrainedModel) -> LoraConfig | None:
-    """The LoRA constants under PEFT's names; None where all weights are trained.
+    """The LoRA constants under PEFT's names; None if all weights are trained.
 
-    Raises:
-        UserError: LORA_MODULES names a module that `model` does not have below its head.
+    Raises UserError if LORA_MODULES names a module that `model` does not have below its head.
     """
     if not recipe.USE_LORA:
         return None
-    head = model.get_output_embeddings()  # TRL uses the weight of the head by itself, without an adapter
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    there = sorted({name.split(".")[-1] for name, module in linear.items() if module is not head})
+    head = model.get_output_embeddings()  # excluded, because TRL would use its weight without the adapter
+    linear = ((name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+    names = sorted({name.split(".")[-1] for name, module in linear if module is not head})
     for name in recipe.LORA_MODULES:
-        if name not in there:
-            has = ", ".join(there)
+        if name not in names:
+            has = ", ".join(names)
             raise UserError(f"LORA_MODULES: this model has no {name!r} below its head (it has: {has}); mend the list")
     return LoraConfig(
         task_type="CAUSAL_LM",
@@ -39,7 +38,7 @@ def lora_config(recipe: SimpleNamespace, model: PreTrainedModel) -> LoraConfig |
 
 
 def frozen_linear_layers(model: PeftModel) -> Iterator[tuple[str, torch.nn.Linear]]:
-    """The linear layers that are not trained, but for the head, by the names that they have without the adapter."""
+    """The frozen linear layers, without the head, and their names in the model without an adapter."""
     base = model.get_base_model()
     for name, module in base.named_modules():
         frozen = isinstance(module, torch.nn.Linear) and not module.weight.requires_grad
@@ -48,9 +47,9 @@ def frozen_linear_layers(model: PeftModel) -> Iterator[tuple[str, torch.nn.Linea
 
 
 def lower_frozen(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> None:
-    """Hold the frozen linear weights in the precision that autocast computes in. Nothing happens without an adapter.
+    """Cast the frozen linear weights below an adapter to the dtype of autocast. Other models are left alone.
 
-    Autocast would cast them anew in every forward pass, twice with gradient checkpointing, and rounds as this does.
+    The results are the same, but autocast would cast the weights in every forward pass.
     """
     if isinstance(model, PeftModel):
         for _, layer in frozen_linear_layers(model):
@@ -59,17 +58,12 @@ def lower_frozen(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> None
 
 
 def restore_frozen(model: PreTrainedModel | PeftModel, source: str, fingerprint: str | None) -> None:
-    """Put the float32 weights of `source` back where `lower_frozen` rounded them, so that a merge starts from them.
+    """Undo `lower_frozen` before the adapter is merged, with the float32 weights of the hub id or folder `source`.
 
-    Args:
-        source: the hub id or folder that the model was loaded from.
-        fingerprint: of its weights at that time, as `fingerprint_weights` gives it.
-
-    Raises:
-        UserError: there are other weights in `source` now; the checkpoints still hold the adapter.
+    Raises UserError if these do not have the `fingerprint` of the run's start. The checkpoints still hold the adapter.
     """
-    lowered = dict(frozen_linear_layers(model)) if isinstance(model, PeftModel) else {}
-    lowered = {name: layer for name, layer in lowered.items() if layer.weight.dtype != torch.float32}
+    layers = frozen_linear_layers(model) if isinstance(model, PeftModel) else []
+    lowered = {name: layer for name, layer in layers if layer.weight.dtype != torch.float32}
     if not lowered:
         return
     if fingerprint_weights(source) != fingerprint:

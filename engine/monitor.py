@@ -1,7 +1,6 @@
 """What a person watches while a run goes: the console, TensorBoard, samples and alarms.
 
-The history of a run is a list of rows, one per step: {"step": 12, "reward/total": 5.1, "heldout/strict": 0.4, ...}.
-On disk it lives in TensorBoard's files under `runs/` and nowhere else; alarms and curves are functions of it.
+The history of a run (`alarms.History`) is kept in memory and in TensorBoard's files under `runs/`.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import math
 import sys
 import time
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -26,8 +25,10 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 
 from engine.accuracy import describe, evaluate
+from engine.alarms import REPEAT, History, find_alarms, not_finite
 from engine.checkpoints import failure_of, write_text
 from engine.console import UserError
+from engine.curves import PANELS, SFT_PANELS
 from engine.numbers import extract_answer, thinking_of
 from engine.questions import to_prompt
 
@@ -37,135 +38,6 @@ if TYPE_CHECKING:
 
     from engine.rollout import Rollout
 
-History = list[dict[str, float]]
-
-# ------------------------------------------------------------------------------------------------------ the alarms
-WINDOW = 20  # steps; most alarms judge means over so many, because single steps are noise
-REPEAT = 100  # steps until an alarm that still holds is raised again
-FORMAT_RISE = 0.05  # an alarm: so many more of the completions earn the format rewards, while ...
-CORRECT_FALL = 0.3  # ... this share of the right answers is lost
-CUT_OFF = 0.2  # an alarm: more of the completions reach MAX_COMPLETION_TOKENS
-REPEATING = 0.1  # an alarm: more of the completions end in a repetition
-ZERO_VARIANCE = 0.8  # an alarm: in more of the groups all completions earn the same
-SHORTER_THINKING = 0.5  # an alarm: the thinking is shorter than this share of its length at the start
-FIRST_STEPS = 2  # what counts as the start of the thinking; a model can begin to guess within five steps
-LAST_STEPS = 5  # what counts as the thinking of today
-LOWER_ENTROPY = 0.1  # an alarm: less than this share of the entropy at the start
-
-
-def rolling(history: History, tag: str) -> list[float]:
-    """Means of `tag` over every WINDOW steps on end; empty before there are so many."""
-    values = [row[tag] for row in history if tag in row]
-    return [fmean(values[end - WINDOW : end]) for end in range(WINDOW, len(values) + 1)]
-
-
-def format_without_correctness(history: History) -> str | None:
-    """Since the best WINDOW steps the format has improved and the answers have worsened: what ruined the tutorial."""
-    history = [row for row in history if "correctness/correct" in row]  # a step may have no question with a label
-    correct, form = rolling(history, "correctness/correct"), rolling(history, "format/all")
-    if len(correct) <= WINDOW:
-        return None
-    peak = max(range(len(correct) - WINDOW), key=lambda end: correct[end])  # of the windows apart from the newest
-    if correct[-1] > (1 - CORRECT_FALL) * correct[peak] or form[-1] < form[peak] + FORMAT_RISE:
-        return None
-    return (
-        f"format rises ({form[peak]:.0%} to {form[-1]:.0%}) while correctness falls ({correct[peak]:.0%} to "
-        f"{correct[-1]:.0%}): it learns to please, not to calculate. Stop; give correctness_reward more of "
-        "REWARD_WEIGHTS, or lower the learning rate; the checkpoint with the best held-out accuracy is kept"
-    )
-
-
-def too_many_cut_off(history: History) -> str | None:
-    """Completions that never come to their answer earn nothing, however good they are."""
-    cut_off = rolling(history, "length/cut_off")
-    if not cut_off or cut_off[-1] <= CUT_OFF:
-        return None
-    return f"{cut_off[-1]:.0%} of the completions are cut off before their answer: raise MAX_COMPLETION_TOKENS"
-
-
-def too_many_repeating(history: History) -> str | None:
-    """A model that has lost its way, or was never taught to stop, says the same until it is cut off."""
-    repeating = rolling(history, "length/repeating")
-    if not repeating or repeating[-1] <= REPEATING:
-        return None
-    return (
-        f"{repeating[-1]:.0%} of the completions end in a repetition: more tokens will not help. Lower the learning "
-        "rate, or begin with a model that train_sft.py has taught where answers end"
-    )
-
-
-def too_many_zero_variance_groups(history: History) -> str | None:
-    """In a group whose completions all earn the same every advantage is zero."""
-    share, correct = rolling(history, "reward/zero_variance_groups"), rolling(history, "correctness/correct")
-    if not share or share[-1] <= ZERO_VARIANCE:
-        return None
-    remedy = (
-        "the questions have become too easy: stop here, or take harder ones"
-        if correct and correct[-1] > 0.5
-        else "raise COMPLETIONS_PER_QUESTION, take easier questions, or begin with a better model"
-    )
-    return f"{share[-1]:.0%} of the groups have rewards without variance and teach nothing: {remedy}"
-
-
-def thinking_shrinks(history: History) -> str | None:
-    """The model stops reasoning, as it does where the rewards make short answers pay.
-
-    It can take five steps only: a real model that reasoned outside the format learned to guess in it.
-    """
-    rows = [row for row in history if "length/thinking" in row]
-    if len(rows) < FIRST_STEPS + LAST_STEPS:
-        return None
-    parts = rows[:FIRST_STEPS], rows[-LAST_STEPS:]
-    first, last = (fmean(row["length/thinking"] for row in part) for part in parts)
-    if last >= SHORTER_THINKING * first:
-        return None
-    return (
-        f"thinking shrank from {first:.0f} to {last:.0f} characters: read the samples. If the reasoning is gone, stop, "
-        "and begin with a cold start (make_traces.py --example, train_sft.py), which brings the model's own reasoning "
-        "into the format; or lower the learning rate, raise BETA, or pay short answers less"
-    )
-
-
-def entropy_collapsed(history: History) -> str | None:
-    """Where sampling always gives the same completion there is nothing to compare and nothing left to find."""
-    entropy = rolling(history, "training/entropy")
-    if not entropy or entropy[-1] >= LOWER_ENTROPY * entropy[0]:
-        return None
-    return (
-        f"entropy collapsed from {entropy[0]:.3f} to {entropy[-1]:.3f}: the model hardly explores any more. "
-        "Lower the learning rate, or raise BETA"
-    )
-
-
-ALARMS = [
-    format_without_correctness,
-    too_many_cut_off,
-    too_many_repeating,
-    too_many_zero_variance_groups,
-    thinking_shrinks,
-    entropy_collapsed,
-]
-
-
-def not_finite(logs: dict, unmeasured: Collection[str] = ()) -> str | None:
-    """The one trouble that ends a run: after such a step the weights are spoilt.
-
-    Args:
-        unmeasured: rewards that applied to no completion of this step; TRL gives them no mean.
-    """
-    rewards = (name for name in logs if name.startswith("rewards/") and name.endswith("/mean"))
-    watched = ["loss", "grad_norm", *(name for name in rewards if name.split("/")[1] not in unmeasured)]
-    bad = [name for name in watched if name in logs and (logs[name] is None or not math.isfinite(logs[name]))]
-    if not bad:
-        return None
-    mend = ", or mend the reward," if "reward" in logs else ""
-    return (
-        f"{', '.join(bad)} not finite: stopped, saving nothing. Lower the learning rate{mend} and continue "
-        "the last checkpoint with --resume"
-    )
-
-
-# ------------------------------------------------------------------------------------------------------ the figures
 TAGS = {  # TRL's name of a figure -> the group and the name under which TensorBoard shows it
     "reward": "reward/total",
     "reward_std": "reward/std",
@@ -184,45 +56,39 @@ TAGS = {  # TRL's name of a figure -> the group and the name under which TensorB
     "preference_score": "preference/score",
 }
 
-HELD_OUT = ["Margin", ["heldout/strict", "heldout/strict_low", "heldout/strict_high"]]  # with its interval
-
-
-def keep_samples_until(step: int, file: Path) -> None:
-    """Drop what an interrupted run wrote after the checkpoint that is being continued, and a half-written line."""
-    if file.exists():
-        kept = []
-        with open(file, encoding="utf-8") as lines:
-            for line in lines:
-                with suppress(ValueError, TypeError, KeyError):  # of a power cut
-                    if line.endswith("\n") and json.loads(line)["step"] <= step:
-                        kept.append(line)
-        write_text(file, "".join(kept))
-
-
-# A completion repeats itself where its end compresses better than any prose does. The rate is Whisper's for the same
-# trouble (arXiv 2212.04356, section 4.5). Of 658 Chinese answers of a 0.5B model it finds 13, all of which do repeat
-# themselves: 12 of the 103 that were cut off, 1 of the others.
+# A completion ends in a repetition if its last characters compress better than any prose does. The rate is the one
+# that Whisper uses for the same fault (arXiv 2212.04356, section 4.5). Of 658 Chinese answers of a 0.5B model it finds
+# 13, all of which do repeat themselves.
 TAIL = 200  # characters
 COMPRESSION = 2.4  # times smaller
 
 
 def repeats_itself(completion: str) -> bool:
-    """Whether it ends in a repetition, be it with a running number (`16. ... 17. ...`)."""
+    """Whether the completion ends in a repetition, with a running number (`16. ... 17. ...`) or without."""
     tail = completion[-TAIL:].encode(errors="replace")
     return len(completion) >= TAIL and len(tail) > COMPRESSION * len(zlib.compress(tail))
 
 
+def keep_samples_until(step: int, file: Path) -> None:
+    """Drop the samples that an interrupted run wrote after `step`, and lines that a kill or power cut has damaged."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_bytes().split(b"\n")[:-1]:  # what stands behind the last newline is half a line
+        with suppress(ValueError, TypeError, KeyError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line.decode() + "\n")
+    write_text(file, "".join(kept))
+
+
 def shown_rewards(sample: dict) -> list[str]:
-    """The rewards of a sample in words, but for those that do not apply to it."""
+    """The rewards of a sample in words, without those that do not apply to it."""
     earned = {name.removesuffix("_reward"): value for name, value in sample["rewards"].items() if value is not None}
     return [f"{name} {value:.3g}" for name, value in earned.items()]
 
 
 def preformatted(text: str) -> str:
-    """Text that TensorBoard shows as it is, wrapped: it renders Markdown, where <think> would vanish and * mean bold.
-
-    In <pre> a line of Chinese would run off the screen, and the sanitizer leaves no style to mend that.
-    """
+    """Escaped text for TensorBoard, which renders Markdown. A long line of Chinese would not wrap inside <pre>."""
     return "<p>" + html.escape(text).replace("\n", "<br>") + "</p>"
 
 
@@ -239,20 +105,20 @@ def side_by_side(best: dict, worst: dict) -> str:
 
 # ---------------------------------------------------------------------------------------------------- the callbacks
 class RunMonitor(TrainerCallback):
-    """Watches one run and writes what it sees to the console and to the run's folder: what all kinds of runs share.
+    """Watches one run, and writes what it sees to the console and to the run's folder.
 
-    A kind of run is a subclass. It has `describe_step(row)`, the figures of a step in words, `speed()`, the figures of
-    speed for results.json, and `overview`, the curves that matter as SummaryWriter.add_custom_scalars takes them.
+    A kind of run is a subclass with `describe_step(row)`, which puts the figures of a step into words.
 
     Args:
-        recipe: how often to look, at how many questions, and where to write.
-        trainer: the run.
-        rollout: whose sampler answers held-out questions.
-        dev: development questions, which are not trained on. They are answered every EVAL_EVERY steps.
-        test: test questions. They are answered before and after the training only.
-        begun: the step of the checkpoint that is being continued; 0 for a new run.
-        history: the rows of an earlier start of this run, up to that step; none where its curves were deleted.
+        rollout: makes the sampler that answers held-out questions.
+        dev: development questions, answered every EVAL_EVERY steps.
+        test: test questions, answered only before and after the training.
+        begun: the step of the checkpoint that the run continues; 0 for a new run.
+        history: the rows of an earlier start of this run up to that step; [] for a new run.
     """
+
+    panels: dict  # the charts of TensorBoard's overview, as in curves.py
+    speed: str  # the figure of speed that results.json holds
 
     def __init__(
         self,
@@ -267,18 +133,19 @@ class RunMonitor(TrainerCallback):
         self.recipe, self.output = recipe, Path(recipe.OUTPUT_DIR)
         self.trainer, self.rollout, self.dev, self.test = trainer, rollout, dev, test
         self.begun, self.history = begun, history
-        self.board: SummaryWriter | None = None  # the main process has one
+        self.board: SummaryWriter | None = None  # only the main process has one
         if trainer.is_world_process_zero():
             # purge_step hides what an interrupted run logged after the checkpoint that this one continues
             self.board = SummaryWriter(self.output / "runs", purge_step=begun + 1)
-            self.board.add_custom_scalars({"overview": self.overview})
+            charts = {title: ["Multiline", list(curves)] for title, curves in self.panels.items()}
+            self.board.add_custom_scalars({"overview": charts})
             constants = "\n".join(f"{name} = {value!r}" for name, value in vars(recipe).items())
             self.board.add_text("recipe", preformatted(constants), begun)
-        self.unwritten = False  # whether some curve or sample is missing on the disk, which is said once
+        self.warned = False  # whether the user knows that some curve or sample could not be written
         self.seconds_before = history[-1].get("speed/train_seconds", 0.0) if history else 0.0
 
     def print_plan(self, data: str, each_step: str, steps: int) -> None:
-        """One block that says what is about to happen."""
+        """Print what is about to happen."""
         recipe, trainer = self.recipe, self.trainer
         device = trainer.accelerator.device
         precision = "float32 weights, bf16 autocast" if trainer.args.bf16 else "float32"
@@ -293,11 +160,11 @@ class RunMonitor(TrainerCallback):
             flush=True,
         )
 
+    # ---- measuring the model
     def measure_model(self, title: str, step: int) -> tuple[dict, str]:
-        """Answer all test questions, the development questions and the probe, in the main process.
+        """Answer the test questions, the development questions and the probe, in the main process.
 
-        Returns:
-            The figures of the test questions, and the answer to the probe.
+        Returns the figures of the test questions and the answer to the probe.
         """
         figures, _ = self.evaluate(self.test, title)
         print(f"{title:<11}{describe(figures)}", flush=True)
@@ -322,8 +189,20 @@ class RunMonitor(TrainerCallback):
         tokenizer = self.trainer.processing_class
         return evaluate(sampler, tokenizer, questions, recipe.MAX_COMPLETION_TOKENS, recipe.EVAL_BATCH, title)
 
+    def note_best(self, step: int, strict: float) -> bool:
+        """Whether this held-out accuracy is the best so far. If it is, the trainer's state says so from now on.
+
+        The state is part of each checkpoint, and the best checkpoint is spared when old ones are deleted.
+        """
+        state = self.trainer.state
+        if state.best_metric is not None and strict <= state.best_metric:
+            return False
+        state.best_metric, state.best_global_step = strict, step
+        return True
+
+    # ---- what the trainer calls
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        state.compute_steps(args, state.max_steps)  # the state of a checkpoint brings its own SAVE_EVERY
+        state.compute_steps(args, state.max_steps)  # else the SAVE_EVERY of the checkpoint's own state would hold
         self.train_began = time.perf_counter()
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
@@ -331,19 +210,19 @@ class RunMonitor(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.step_seconds = time.perf_counter() - self.step_began
-        # the last step's point comes with `after`
+        # after the last step the model is measured anyway
         self.due = state.global_step % self.recipe.EVAL_EVERY == 0 and state.global_step < state.max_steps
-        control.should_log |= self.due or control.should_save  # nothing is saved that on_log has not seen
+        control.should_log |= self.due or control.should_save  # a step is recorded before it is saved
 
     def on_log(self, args, state, control, logs, **kwargs) -> None:
         """Called at the end of a step, before its checkpoint is saved, with the same figures in every process."""
-        if "loss" not in logs:  # the closing totals
+        if "loss" not in logs:  # the totals at the end of the training
             return
         if trouble := not_finite(logs, self.unmeasured()):
             if self.board:
                 self.write(self.board.add_text, "alarm/not_finite", preformatted(trouble), state.global_step)
             raise UserError(f"step {state.global_step}: {trouble}")
-        if self.board:  # in the main process
+        if self.board:
             self.record(state.global_step, self.measure(logs))
             self.print_step(state.max_steps)
         if self.due:
@@ -354,11 +233,19 @@ class RunMonitor(TrainerCallback):
             self.write(self.board.flush)  # a killed run keeps its curves
 
     def unmeasured(self) -> list[str]:
-        """The rewards that applied to nothing in this step."""
-        return []
+        """The rewards that applied to no completion of this step.
+
+        With a reward model these are the rules about numbers if no question has a label, or the reward model if all
+        questions have one.
+        """
+        if not getattr(self.recipe, "REWARD_MODEL", ""):
+            return []
+        labelled = [label is not None for label in self.trainer._logs["extra"]["label"]]
+        about_numbers = [] if any(labelled) else ["digit_reward", "correctness_reward"]
+        return about_numbers + (["preference_reward"] if all(labelled) else [])
 
     def measure(self, logs: dict) -> dict[str, float]:
-        """What TRL logged for this step, under the names that TensorBoard shows, and the time."""
+        """The figures of a step: what TRL logged, under the names that TensorBoard shows, and the time."""
         figures = {tag: logs[name] for name, tag in TAGS.items() if logs.get(name) is not None}
         figures["speed/step_seconds"] = self.step_seconds
         figures["speed/train_seconds"] = self.seconds_before + time.perf_counter() - self.train_began
@@ -376,14 +263,15 @@ class RunMonitor(TrainerCallback):
             self.write(self.board.add_scalar, tag, value, step)
 
     def write(self, work: Callable[..., None], *args) -> None:
-        """Write what a person looks at: a full disk costs that, and not the run."""
+        """Write curves or samples. If the disk is full, they are lost and one line says so; the run goes on."""
         fault = failure_of(work, *args)
-        if fault and not self.unwritten:
-            self.unwritten = True
+        if fault and not self.warned:
+            self.warned = True
             print(f"WARNING: curves or samples could not be written ({fault}). Training goes on", flush=True)
 
+    # ---- what is printed
     def print_step(self, max_steps: int) -> None:
-        """One line for the newest row of the history."""
+        """Print the newest row of the history in one line."""
         row = self.history[-1]
         timed = sum("speed/step_seconds" in each for each in self.history)
         left = row["speed/train_seconds"] / timed * (max_steps - row["step"])
@@ -395,32 +283,21 @@ class RunMonitor(TrainerCallback):
             flush=True,
         )
 
-    def note_best(self, step: int, strict: float) -> bool:
-        """Note a step that is better than every held-out point so far in the trainer's state; whether this one is.
-
-        The state is part of each checkpoint, and the best one is spared when old ones are deleted.
-        """
-        state = self.trainer.state
-        if state.best_metric is not None and strict <= state.best_metric:
-            return False
-        state.best_metric, state.best_global_step = strict, step
-        return True
-
     def results(self) -> dict:
-        """What the run cost and its best checkpoint, for results.json."""
+        """The cost of the run and its best checkpoint, for results.json."""
         state, steps = self.trainer.state, [row for row in self.history if "speed/step_seconds" in row]
         return {
             "steps": state.global_step,
             "device": device_name(self.trainer.accelerator.device),
             "best": {"step": state.best_global_step, "strict": state.best_metric},
             "train_seconds": round(steps[-1]["speed/train_seconds"], 1) if steps else 0.0,
-            **self.speed(),
+            self.speed: round(median(row[f"speed/{self.speed}"] for row in steps)) if steps else 0,
             "step_seconds": round(median(row["speed/step_seconds"] for row in steps), 3) if steps else None,
             "peak_memory_gb": round(peak_memory_gb(), 2),
         }
 
     def print_summary(self, results: dict) -> None:
-        """results.json, a line each."""
+        """Print results.json, one line for each entry."""
         for name, value in results.items():
             if name in ("before", "after"):
                 value = describe(value)
@@ -433,25 +310,18 @@ class RunMonitor(TrainerCallback):
 
 
 class Monitor(RunMonitor):
-    """Watches a run of train_grpo.py: the rewards besides, samples and alarms."""
+    """Watches a run of train_grpo.py: besides the above its rewards, samples and alarms."""
 
-    overview = {
-        "reward": ["Multiline", ["reward/total"]],
-        "right answers among the samples": ["Multiline", ["correctness/correct"]],
-        "held-out accuracy": HELD_OUT,
-        "tokens of an answer": ["Multiline", ["length/mean"]],
-        "answers cut off, groups without spread": ["Multiline", ["length/cut_off", "reward/zero_variance_groups"]],
-        "entropy": ["Multiline", ["training/entropy"]],
-    }
+    panels, speed = PANELS, "generated_tokens_per_second"
 
     def __init__(self, *args) -> None:
         super().__init__(*args)
-        self.raised: dict[Callable, int] = {}  # alarm -> the step at which it was raised last
+        self.raised: dict[str, int] = {}  # alarm -> the last step at which it was raised
         if self.board and self.begun:
             keep_samples_until(self.begun, self.output / "samples.jsonl")
 
     def print_header(self, dropped: int) -> None:
-        """The plan of the run; `dropped` counts the questions that were too long."""
+        """Print the plan of the run; `dropped` questions were too long."""
         recipe, train = self.recipe, len(self.trainer.train_dataset)
         self.print_plan(
             f"{recipe.DATASET}: {train} training questions ({dropped} longer than {recipe.MAX_PROMPT_TOKENS} tokens "
@@ -463,33 +333,23 @@ class Monitor(RunMonitor):
             unlabelled = sum(label is None for label in self.trainer.train_dataset["answer"])
             print(f"judged by  {recipe.REWARD_MODEL}: {unlabelled} training questions without a label", flush=True)
 
-    def unmeasured(self) -> list[str]:
-        """With a reward model, the rules on numbers where no question has a label, and the model where all have one."""
-        if not self.recipe.REWARD_MODEL:
-            return []
-        labels = [label is not None for label in self.trainer._logs["extra"]["label"]]
-        about_numbers = [] if any(labels) else ["digit_reward", "correctness_reward"]
-        return about_numbers + (["preference_reward"] if all(labels) else [])
-
     def measure(self, logs: dict) -> dict[str, float]:
-        """What TRL logged for this step and what it did not. A reward that applied to nothing has no figure."""
-        means = {f"rewards/{name}/mean": f"reward/{name}" for name in self.trainer.reward_func_names}
+        """Besides, figures of the completions. A reward that applied to no completion has no figure."""
         figures = super().measure(logs)
-        figures |= {tag: logs[name] for name, tag in means.items() if logs.get(name) is not None}
         batch = self.trainer._logs  # the last generation batch of all processes
-        applied = {name: [v for v in values if not math.isnan(v)] for name, values in batch["rewards"].items()}
-        earned = {name: fmean(value > 0 for value in values) for name, values in applied.items() if values}
-        if "correctness_reward" in earned:
-            figures["correctness/correct"] = earned.pop("correctness_reward")
-        figures["language/chinese"] = fmean(applied["language_reward"])
-        for name in ("language_reward", "preference_reward"):  # shares, not something that is earned or not
-            earned.pop(name, None)
-        figures |= {f"format/{name.removesuffix('_reward')}": share for name, share in earned.items()}
-        figures["format/all"] = fmean(earned.values())
-        by_row, weights = zip(*batch["rewards"].values(), strict=True), self.trainer.reward_weights.tolist()
-        totals = [sum(w * r for w, r in zip(weights, row, strict=True) if not math.isnan(r)) for row in by_row]
-        size = self.trainer.num_generations
-        groups = [totals[start : start + size] for start in range(0, len(totals), size)]
+        for name, values in batch["rewards"].items():
+            if logs.get(f"rewards/{name}/mean") is not None:
+                figures[f"reward/{name}"] = logs[f"rewards/{name}/mean"]
+            earned = [value > 0 for value in values if not math.isnan(value)]  # NaN: the reward does not apply
+            if name == "language_reward":
+                figures["language/chinese"] = fmean(values)
+            elif name == "correctness_reward" and earned:
+                figures["correctness/correct"] = fmean(earned)
+            elif name != "preference_reward" and earned:
+                figures[f"format/{name.removesuffix('_reward')}"] = fmean(earned)
+        figures["format/all"] = fmean(value for tag, value in figures.items() if tag.startswith("format/"))
+        advantages, size = list(batch["advantages"]), self.trainer.num_generations
+        groups = [advantages[start : start + size] for start in range(0, len(advantages), size)]
         figures["reward/zero_variance_groups"] = fmean(max(group) - min(group) < 1e-6 for group in groups)
         texts = [message["content"] for [message] in batch["completion"]]
         figures["length/thinking"] = fmean(len(thinking_of(text)) for text in texts)
@@ -508,10 +368,6 @@ class Monitor(RunMonitor):
             f"  zero-variance {row['reward/zero_variance_groups']:4.0%}"
         )
 
-    def speed(self) -> dict:
-        tokens, seconds = self.rollout.tokens, self.rollout.seconds
-        return {"generated_tokens_per_second": round(tokens / max(seconds, 1e-9))}
-
     def show_more(self, step: int) -> None:
         if step % self.recipe.SAMPLE_EVERY == 0 or step == 1:
             self.print_sample(self.sample(step, 0))
@@ -519,70 +375,62 @@ class Monitor(RunMonitor):
         self.raise_alarms(step)
 
     def keep_samples(self, step: int) -> None:
-        """The best and the worst of the batch's first groups, in samples.jsonl and in TensorBoard."""
+        """Write the best and the worst completion of the first groups to samples.jsonl and to TensorBoard."""
         size = self.trainer.num_generations
         with open(self.output / "samples.jsonl", "a", encoding="utf-8") as file:
             for group in range(min(2, self.recipe.QUESTIONS_PER_STEP)):
                 samples = [self.sample(step, i) for i in range(group * size, (group + 1) * size)]
-                samples.sort(key=lambda sample: sample["advantage"])
-                best, worst = samples[-1], samples[0]
+                worst, *_, best = sorted(samples, key=lambda sample: sample["advantage"])
                 file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in (best, worst))
                 self.board.add_text(f"samples/group_{group + 1}", side_by_side(best, worst), step)
 
     def sample(self, step: int, row: int) -> dict:
-        """One completion of the last generation batch."""
+        """A completion of the last generation batch, as a line of samples.jsonl."""
         batch = self.trainer._logs
-        labels = batch["extra"].get("label")  # correctness_reward logs them; another one may not
-        completion, question = batch["completion"][row][0]["content"], batch["prompt"][row][-1]["content"]
+        labels = batch["extra"].get("label")  # logged by correctness_reward, which may have been replaced
+        completion = batch["completion"][row][0]["content"]
+        rewards = {name: values[row] for name, values in batch["rewards"].items()}
         return {
             "step": step,
-            "question": question,
+            "question": batch["prompt"][row][-1]["content"],
             "label": labels[row] if labels else None,
             "completion": completion,
             "extracted": extract_answer(completion),
-            "rewards": {
-                name: None if math.isnan(values[row]) else values[row] for name, values in batch["rewards"].items()
-            },
+            "rewards": {name: None if math.isnan(value) else value for name, value in rewards.items()},
             "advantage": batch["advantages"][row],
         }
 
     def print_sample(self, sample: dict) -> None:
-        """A completion as a person reads it."""
         print(f"  question   {sample['question']}  (label {sample['label']})")
         print("\n".join("  | " + line for line in sample["completion"].splitlines()))
         print(f"  extracted  {sample['extracted']}   {'  '.join(shown_rewards(sample))}", flush=True)
 
     def raise_alarms(self, step: int) -> None:
-        """Say what looks wrong, in the console and in TensorBoard; what stays wrong is said again now and then."""
-        for check in ALARMS:
-            message = check(self.history)
-            if message and step >= self.raised.get(check, -REPEAT) + REPEAT:
-                self.raised[check] = step
+        """Print what looks wrong, and write it to TensorBoard; again after REPEAT steps if it stays wrong."""
+        for name, message in find_alarms(self.history).items():
+            if step >= self.raised.get(name, -REPEAT) + REPEAT:
+                self.raised[name] = step
                 print(f"ALARM      {message}", flush=True)
-                self.write(self.board.add_text, f"alarm/{check.__name__}", preformatted(message), step)
+                self.write(self.board.add_text, f"alarm/{name}", preformatted(message), step)
 
 
 class SftMonitor(RunMonitor):
     """Watches a run of train_sft.py."""
 
-    overview = {
-        "loss": ["Multiline", ["training/loss"]],
-        "tokens guessed right": ["Multiline", ["training/token_accuracy"]],
-        "held-out accuracy": HELD_OUT,
-    }
+    panels, speed = SFT_PANELS, "trained_tokens_per_second"
 
     def __init__(self, *args) -> None:
         super().__init__(*args)
-        self.tokens = 0  # that this start has trained on, prompts included
+        self.tokens = 0  # trained on since this start, prompts included
 
     def print_header(self, what: str) -> None:
-        """The plan of the run; `what` it learns, in words."""
+        """Print the plan of the run; `what` says what it learns."""
         recipe, rows = self.recipe, len(self.trainer.train_dataset)
         steps = math.ceil(recipe.EPOCHS * math.ceil(rows / recipe.ROWS_PER_STEP))
         self.print_plan(f"{what}; {recipe.DATASET}", f"{recipe.ROWS_PER_STEP} rows", steps)
 
     def measure(self, logs: dict) -> dict[str, float]:
-        """What TRL logged for this step, and the tokens trained on."""
+        """Besides, the tokens trained on."""
         new, self.tokens = logs["num_tokens"] - self.tokens, logs["num_tokens"]
         return super().measure(logs) | {"speed/trained_tokens_per_second": new / self.step_seconds}
 
@@ -593,18 +441,14 @@ class SftMonitor(RunMonitor):
             f"  learning rate {row['training/learning_rate']:.1e}"
         )
 
-    def speed(self) -> dict:
-        rows = [row["speed/trained_tokens_per_second"] for row in self.history if "speed/step_seconds" in row]
-        return {"trained_tokens_per_second": round(median(rows)) if rows else 0}
-
 
 def device_name(device: torch.device) -> str:
-    """'NVIDIA H200' or 'CPU'"""
+    """Such as 'NVIDIA H200' or 'CPU'."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def peak_memory_gb() -> float:
-    """GPU memory that was reserved at the most, captured graphs included; without CUDA this process's memory."""
+    """The most GPU memory that was reserved, with captured graphs; without CUDA the most memory of this process."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_reserved() / 1e9
     if sys.platform == "win32":

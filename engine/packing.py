@@ -1,16 +1,15 @@
-"""Packs: the completions of a group stand behind one copy of their prompt, so that the prompt is read once.
+"""Packs: the completions of a group stand behind one copy of their prompt, so that the prompt is computed once.
 
-A pack is one sequence: a prompt without its last token, and then for each of its completions that last token and all
-tokens but the end. So every position of a completion has one label, the next token. A mask keeps completions from
-seeing each other, and their positions count on from the prompt. The method is Prefix Grouper's (arXiv 2506.05433).
+A pack is one sequence: a prompt without its last token, then for each completion that last token and all tokens of the
+completion but its last. So each of these positions has one label, the next token. A mask keeps completions from seeing
+each other, and their positions continue those of the prompt. The method is Prefix Grouper's (arXiv 2506.05433).
 
-More completions in a pack save more copies of the prompt, but attention then looks at more pairs of tokens. How many go
-together is decided by the cost of both.
+With more completions in a pack fewer copies of the prompt are computed, but attention covers more pairs of tokens.
+`plan` weighs the two costs.
 """
 
 from __future__ import annotations
 
-import inspect
 from typing import NamedTuple
 
 import torch
@@ -18,18 +17,18 @@ from transformers import PreTrainedModel
 
 from engine.rollout import TRIED
 
-# Attention takes so many times as long as linear layers do for as many multiplications. Measured on a CPU with units for
-# bf16, where it was 7 to 9; on CUDA it is a guess.
+# For as many multiplications attention takes so many times as long as linear layers do. Measured on a CPU with units
+# for bf16, where it was 7 to 9; on CUDA it is a guess.
 ATTENTION = 8.0
-# With a mask all pairs of tokens are computed. Without one, causal attention leaves out what it can: by blocks of 512.
+# The share of the pairs of tokens that causal attention computes, by blocks of 512; under a mask all are computed.
 CAUSAL = 0.75
 
 
 class Row(NamedTuple):
-    """A completion behind its prompt, as a row of TRL's batch: its place there and what it costs."""
+    """A prompt and completion in a row of TRL's batch."""
 
-    index: int  # in the batch
-    prompt: int  # rows with the same number have the same prompt
+    index: int  # of the row
+    prompt: int  # the same number for the same prompt
     prompt_length: int  # tokens
     length: int  # tokens of the completion that are scored
 
@@ -38,7 +37,7 @@ Pack = list[Row]  # rows of one prompt
 
 
 def why_not(model: PreTrainedModel) -> str | None:
-    """Why the completions of a group cannot share their prompt in this model; None where they can."""
+    """Why the completions of a group cannot share their prompt in this model; None if they can."""
     config = model.config
     if config.model_type not in TRIED:
         return f"not tried with a {config.model_type} model"
@@ -46,15 +45,11 @@ def why_not(model: PreTrainedModel) -> str | None:
         return "a sliding window limits its attention"
     if config._attn_implementation != "sdpa":
         return f"{config._attn_implementation} attention takes no mask of pairs of tokens"
-    if getattr(config, "output_router_logits", False):
-        return "its routers have a loss of their own"
-    if not {"position_ids", "attention_mask"} <= inspect.signature(type(model).forward).parameters.keys():
-        return "its forward takes no positions or no mask"
     return None
 
 
 def pair_cost(model: PreTrainedModel) -> float:
-    """What a pair of tokens costs in attention, where a token costs 1 in the linear layers."""
+    """The cost of a pair of tokens in attention, if that of a token in the linear layers is 1."""
     body = model.base_model
     weights = sum(weight.numel() for name, weight in body.named_parameters() if "embed" not in name)
     width = model.config.num_attention_heads * getattr(body.layers[0].self_attn, "head_dim", 0)
@@ -63,10 +58,7 @@ def pair_cost(model: PreTrainedModel) -> float:
 
 
 def read_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor, prompt_columns: int) -> list[Row]:
-    """The rows of a batch, [rows, columns], whose prompts are padded on the left and completions on the right.
-
-    A device is waited for once.
-    """
+    """The rows of a batch, [rows, columns], whose prompts are padded on the left and completions on the right."""
     used = attention_mask[:, :prompt_columns].bool()
     _, prompt = input_ids[:, :prompt_columns].masked_fill(~used, -1).unique(dim=0, return_inverse=True)
     figures = torch.stack([prompt, used.sum(1), attention_mask[:, prompt_columns:].sum(1)], dim=1)
@@ -74,10 +66,9 @@ def read_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor, prompt_colu
 
 
 def plan(rows: list[Row], pair_cost: float, shared: bool = True) -> tuple[list[Pack], float]:
-    """The packs for a forward pass over these rows for which the least is computed, and their cost in tokens.
+    """The cheapest packs for a forward pass over these rows, and their cost in tokens.
 
-    Args:
-        shared: whether several completions may stand in a pack.
+    Only with `shared` a pack may hold several completions.
     """
     groups: dict[int, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row.length, reverse=True):
@@ -96,7 +87,7 @@ def plan(rows: list[Row], pair_cost: float, shared: bool = True) -> tuple[list[P
 
 
 def divide(group: list[Row], size: int) -> list[Pack]:
-    """The rows of a group, the longest first, in packs of about `size` rows and about the same length."""
+    """Divide the rows of a group, longest first, into packs of about `size` rows and about equal length."""
     packs: list[Pack] = [[] for _ in range(-(-len(group) // size))]
     for row in group:
         min(packs, key=lambda pack: sum(other.length for other in pack)).append(row)
@@ -104,12 +95,12 @@ def divide(group: list[Row], size: int) -> list[Pack]:
 
 
 def width_of(pack: Pack) -> int:
-    """The tokens of a pack."""
+    """The number of tokens of a pack."""
     return pack[0].prompt_length - 1 + sum(row.length for row in pack)
 
 
 def arrange(rows: list[Row], micro_batch: int, pair_cost: float, shared: bool) -> list[Row]:
-    """The order of rows in which their micro batches compute the least: by their length, or whole groups together.
+    """The order of the rows whose micro batches cost less: by length, or whole groups together.
 
     The longest come first, so that memory peaks at once.
     """
@@ -127,45 +118,40 @@ def arrange(rows: list[Row], micro_batch: int, pair_cost: float, shared: bool) -
 
 
 class Layout(NamedTuple):
-    """What a forward pass over some packs is fed, and where in the batch its log-probabilities belong.
+    """The inputs of a forward pass over packs, and where in the batch its log-probabilities belong."""
 
-    `ids` and `labels` are [packs, width]. `positions` [packs, width] and `mask` [packs, 1, width, width] are None where
-    no pack has a second completion: causal attention needs neither. The n scored tokens stand in the flattened output
-    at `places` [n], and in the batch in the row and completion column `targets` [2, n].
-    """
-
-    ids: torch.Tensor
-    labels: torch.Tensor
-    positions: torch.Tensor | None
-    mask: torch.Tensor | None
-    places: torch.Tensor
-    targets: torch.Tensor
+    ids: torch.Tensor  # [packs, width]
+    labels: torch.Tensor  # [packs, width]
+    positions: torch.Tensor | None  # [packs, width]; None if no pack has a second completion
+    mask: torch.Tensor | None  # [packs, 1, width, width]; None in the same case
+    places: torch.Tensor  # [n] of the n scored tokens in the flattened output
+    targets: torch.Tensor  # [2, n] their rows and completion columns in the batch
 
 
 def lay_out(packs: list[Pack], input_ids: torch.Tensor, prompt_columns: int) -> Layout:
-    """Lay the packs out, from the rows of the batch `input_ids` [rows, columns].
+    """Lay out packs of the rows of the batch `input_ids`, [rows, columns].
 
-    The indices are made on the CPU and travel to the device in two pieces.
+    The indices are computed on the CPU and sent to the device in two pieces.
     """
     rows = [row for pack in packs for row in pack]
     width = max(max(map(width_of, packs)), 2)
     if input_ids.is_cuda:
-        width = -(-width // 64) * 64  # few shapes: allocator and attention kernels prepare for each new one
+        width = -(-width // 64) * 64  # fewer shapes: each new one costs the allocator and the attention kernels time
     columns = input_ids.shape[1]
     heads = torch.tensor([pack[0].prompt_length - 1 for pack in packs])  # [packs] tokens of the prompt in a pack
     lengths = torch.tensor([row.length for row in rows])  # [rows]
     pack = torch.tensor([number for number, pack in enumerate(packs) for _ in pack])  # [rows] the pack of each row
-    within = torch.cat([torch.arange(len(each)) for each in packs])  # [rows] its place among the rows of the pack
-    before = lengths.cumsum(0) - lengths  # [rows] scored tokens of all rows before it
-    begin = heads[pack] + before - before[within == 0][pack]  # [rows] where it begins in its pack
+    within = torch.cat([torch.arange(len(each)) for each in packs])  # [rows] the number of each row in its pack
+    before = lengths.cumsum(0) - lengths  # [rows] scored tokens of all earlier rows
+    begin = heads[pack] + before - before[within == 0][pack]  # [rows] where each row begins in its pack
 
     def each_token(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """For sequences of these lengths, all tokens: the sequence, and the place in it."""
+        """For all tokens of sequences of these lengths: the number of the sequence, and the place in it."""
         sequence = torch.arange(len(counts)).repeat_interleave(counts)
         return sequence, torch.arange(len(sequence)) - (counts.cumsum(0) - counts)[sequence]
 
     source, position = torch.zeros(len(packs), width, dtype=torch.long), torch.arange(width).repeat(len(packs), 1)
-    segment = torch.full_like(source, -1)  # -1 padding, 0 the prompt, 1 and more the completions of a pack
+    segment = torch.full_like(source, -1)  # -1: padding; 0: the prompt; from 1 on: the completions of a pack
     first = torch.tensor([pack[0].index for pack in packs])
     number, place = each_token(heads)
     source[number, place] = first[number] * columns + prompt_columns - heads[number] - 1 + place

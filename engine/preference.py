@@ -1,8 +1,7 @@
-"""A reward model beside the rules: which of the answers to an open question is better.
+"""A reward model beside the rules: it says which answer to a question without a label is better.
 
-The last stage of DeepSeek-R1 (arXiv 2501.12948): the rules judge questions with a label, a reward model judges those
-without, by the final answer alone, so that thinking stays free. A reward model's scores have no scale, and one model's
-differ from another's, so what is paid is the rank within the group: nothing to calibrate, and no outlier to run after.
+This is the last stage of DeepSeek-R1 (arXiv 2501.12948). The reward model reads only the final answer, so the thinking
+stays free. Its scores have no fixed scale, so the reward is the rank within the group.
 """
 
 from __future__ import annotations
@@ -26,13 +25,9 @@ if TYPE_CHECKING:
 
 
 def load_preference(recipe: SimpleNamespace, device: torch.device, dtype: torch.dtype | None) -> Callable:
-    """The reward function of REWARD_MODEL, for TRL, beside those of rewards.py.
+    """Load REWARD_MODEL, with weights in `dtype` (None: float32); returns a reward function like those of rewards.py.
 
-    Args:
-        device, dtype: where the reward model computes, and its weights' type (None: float32).
-
-    Raises:
-        UserError: no reward model there, or one that cannot read as much as a question and its answer.
+    Raises UserError if it is no reward model, or if it cannot read texts as long as a question and its answer.
     """
     model, tokenizer = load_reward_model(recipe.REWARD_MODEL, dtype)
     model.to(device).eval()
@@ -44,29 +39,31 @@ def load_preference(recipe: SimpleNamespace, device: torch.device, dtype: torch.
     ) -> list[float | None]:
         """The rank within its group, 0.0 to 1.0, of a completion whose question has no label; None for the others.
 
-        One without a final answer ranks last, whatever the reward model makes of an empty text.
+        A completion without a final answer ranks last.
         """
-        texts = [final_answer(completion[0]["content"]) for completion in completions]
-        scored = [i for i, label in enumerate(answer) if label is None and texts[i]]
-        scores = [None if label is not None else -math.inf for label in answer]
-        asked = {i: (prompts[i][-1]["content"], texts[i]) for i in scored}
-        pairs = list(dict.fromkeys(asked.values()))  # each once: equal answers earn the same, however they are padded
+        asked = {}  # index of a completion -> question and final answer
+        for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            text = final_answer(completion[0]["content"])
+            if answer[i] is None and text:
+                asked[i] = prompt[-1]["content"], text
+        pairs = list(dict.fromkeys(asked.values()))  # without repetitions: equal answers get equal scores
         dialogues = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in pairs]
-        worth = dict(zip(pairs, score(model, tokenizer, dialogues, recipe.MICRO_BATCH), strict=True))
-        for i in scored:
-            scores[i] = worth[asked[i]]
-        if scored and "log_metric" in kwargs:  # ranks average 0.5 always: the scores show whether anything is learned
-            kwargs["log_metric"]("preference_score", fmean(scores[i] for i in scored))
-        every, size = gather_object(scores), recipe.COMPLETIONS_PER_QUESTION  # a group may be split over two processes
-        ranks = [rank for first in range(0, len(every), size) for rank in rank_group(every[first : first + size])]
-        mine = PartialState().process_index * len(scores)
-        return ranks[mine : mine + len(scores)]
+        score_of = dict(zip(pairs, score(model, tokenizer, dialogues, recipe.MICRO_BATCH), strict=True))
+        scores = [None if label is not None else -math.inf for label in answer]
+        for i, pair in asked.items():
+            scores[i] = score_of[pair]
+        if asked and "log_metric" in kwargs:  # the mean of ranks is always 0.5; the scores show what is learned
+            kwargs["log_metric"]("preference_score", fmean(scores[i] for i in asked))
+        gathered, size = gather_object(scores), recipe.COMPLETIONS_PER_QUESTION  # two processes may share a group
+        ranks = [rank for start in range(0, len(gathered), size) for rank in rank_group(gathered[start : start + size])]
+        first = PartialState().process_index * len(scores)
+        return ranks[first : first + len(scores)]
 
     return preference_reward
 
 
 def final_answer(completion: str) -> str:
-    """What stands behind `</think>`, without the tags of the answer; empty where it never comes to that."""
+    """The text behind `</think>`, without the tags of the answer; empty if there is none."""
     return completion.partition("</think>")[2].replace("<answer>", "").replace("</answer>", "").strip()
 
 
@@ -74,11 +71,7 @@ def final_answer(completion: str) -> str:
 def score(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dialogues: list[list[dict]], batch_size: int
 ) -> list[float]:
-    """The reward model's score of each dialogue, `batch_size` at a time, through its own chat template.
-
-    Raises:
-        UserError: a score that is not a number, which no rank can be made of.
-    """
+    """The reward model's score of each dialogue, `batch_size` at a time. Raises UserError if a score is NaN."""
     scores: list[float] = []
     ids = encode(tokenizer, dialogues, complete=True) if dialogues else []
     for start in range(0, len(ids), batch_size):
@@ -90,12 +83,8 @@ def score(
 
 
 def rank_group(scores: list[float | None]) -> list[float | None]:
-    """Ranks from 0.0, the lowest, to 1.0; equal scores share the mean of their ranks. None stays None.
-
-    A group has scores or has none, for it shares its question: None is no reward, and within a group it would count
-    as one that earned nothing.
-    """
-    if None in scores:
+    """Ranks from 0.0 for the lowest score to 1.0; equal scores share the mean of their ranks."""
+    if None in scores:  # the question has a label, so this whole group has no scores
         return scores
     below = [sum(other < mine for other in scores) for mine in scores]
     equal = [sum(other == mine for other in scores) - 1 for mine in scores]

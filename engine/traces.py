@@ -1,4 +1,4 @@
-"""Traces: a model's answers are rewritten into the format and judged; the files that hold them are written and read."""
+"""Traces: a model's answers, rewritten into the format and filtered; and the files that hold them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # ----------------------------------------------------------------------------------------- text -> thinking, number
-# A box, and the formula signs around it if it is all of the formula; braces inside it may be nested once, as in
-# \boxed{\text{18 美元}}. No part can match in two ways, so that the search is linear: model output is untrusted.
+# A box, with the signs of its formula if the formula holds nothing else. Braces inside it may be nested once, as in
+# \boxed{\text{18 美元}}. No part can match in two ways, so the search is linear: model output is untrusted.
 _BOX = re.compile(
     r"(?P<open>(?:\\\[|\\\(|\$\$?)\s*)?\\boxed\{(?P<inside>[^{}]*(?:\{[^{}]*\}[^{}]*)*)\}(?(open)\s*(?:\\\]|\\\)|\$\$?))"
 )
@@ -32,10 +32,10 @@ _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 
 
 def rewrite(text: str) -> tuple[str, Decimal | None]:
-    """A completion in whatever form -> its thinking, and the number that it answers or None.
+    """The thinking of a completion in any form, and the number that it answers, or None.
 
-    What counts is the answer block; without one the last box, of an R1-style teacher the last behind `</think>` (its
-    `<think>` stood in the prompt); without a box the last number.
+    The number is that of the answer block; without a block, that of the last box; without a box, the last number. If
+    there is a `</think>`, the box or number must stand behind it; an R1-style teacher's `<think>` is in its prompt.
     """
     thinking, closed, rest = text.partition("</think>")
     said, answered = rest if closed else text, extract_answer(text)
@@ -54,9 +54,9 @@ def rewrite(text: str) -> tuple[str, Decimal | None]:
 
 
 def tidy(thinking: str) -> str:
-    """Boxes opened, and the announcement of the answer cut off the end: the answer block says it."""
+    """Replace boxes by their content, and cut off announcements of the answer, which the answer block will hold."""
     thinking = _BOX.sub(lambda box: " ".join(_TEXT.sub(r"\1", box["inside"]).split()), thinking).strip()
-    for _ in range(3):  # such as `**答案**`, `答案是：`, and the number on a line of its own
+    for _ in range(3):  # at the end, such as `**答案**`, `答案是：`, and the number on a line of its own
         start = 1 + max(thinking.rstrip("。：:").rfind(end) for end in "。！？\n")
         last = thinking[start:]
         bare = not chinese_share(last, "") and len(find_numbers(last)) == 1
@@ -71,9 +71,9 @@ def to_trace(thinking: str, label: int) -> str:
     return f"<think>\n{thinking}\n</think>\n<answer>\n{label}\n</answer>"
 
 
-# ------------------------------------------------------------------------------------------------- what is kept, why
+# ------------------------------------------------------------------------------------------------------- the filters
 def fault_of(thinking: str, question: str, label: int, recipe: SimpleNamespace) -> str | None:
-    """What is wrong with the thinking of a right answer; None where nothing is."""
+    """Why the thinking of a right answer is not kept; None if it is."""
     if len(thinking) < recipe.MIN_THINKING:
         return "too short"
     if "```" in thinking:
@@ -82,8 +82,9 @@ def fault_of(thinking: str, question: str, label: int, recipe: SimpleNamespace) 
         return "long paragraph"
     if chinese_share(thinking, question) < recipe.MIN_CHINESE:
         return "mixed languages"
-    results = [find_numbers(part)[:1] for part in thinking.split("=")[1:]]  # a guess falls from the sky instead
-    said = find_numbers(thinking).count(label) - find_numbers(question).count(label)  # the question's own are no result
+    # A guess neither computes the label nor names it at least twice more than the question does.
+    results = [find_numbers(part)[:1] for part in thinking.split("=")[1:]]
+    said = find_numbers(thinking).count(label) - find_numbers(question).count(label)
     if [label] not in results and said < 2:
         return "not computed"
     trace = [[{"role": "assistant", "content": to_trace(thinking, label)}]]
@@ -93,27 +94,28 @@ def fault_of(thinking: str, question: str, label: int, recipe: SimpleNamespace) 
 
 
 def judge(question: str, label: int, samples: list[dict], recipe: SimpleNamespace) -> dict:
-    """The line of a question in questions.jsonl.
+    """Judge the samples of a question, each `{"text", "ended"}`, where `ended` is False if it was cut off.
 
-    Args:
-        samples: `{"text", "ended"}` of each, in the order drawn; `ended` is False where the length cut it off.
-        recipe: the constants of make_traces.py.
-
-    Returns:
-        `{"question", "label", "right": how many, "samples": [{"text", "ended", "fault"}], "kept": [completions]}`
+    Returns the question's line in questions.jsonl:
+    `{"question", "label", "right": how many, "samples": [{"text", "ended", "fault"}], "kept": [completions]}`.
     """
-    judged, kept, paths, right = [], [], set(), 0
+    judged, kept, paths, right = [], [], [], 0
     for text, ended in ((each["text"], each["ended"]) for each in samples):
         thinking, number = rewrite(text) if ended else ("", None)
-        if number is None or number != label:
-            fault = "cut off" if not ended else "no number" if number is None else "wrong"
+        if number is None:
+            fault = "no number" if ended else "cut off"
+        elif number != label:
+            fault = "wrong"
         else:
             right += 1
-            path = tuple(find_numbers(thinking))  # the same numbers are the same path in other words
-            fault = fault_of(thinking, question, label, recipe) or ("same numbers" if path in paths else None)
-            fault = fault or ("enough kept" if len(kept) == recipe.KEEP else None)
-            if fault is None:
-                paths.add(path)
+            fault = fault_of(thinking, question, label, recipe)
+            numbers = find_numbers(thinking)
+            if fault is None and numbers in paths:
+                fault = "same numbers"  # the same reasoning in other words
+            elif fault is None and len(kept) == recipe.KEEP:
+                fault = "enough kept"
+            elif fault is None:
+                paths.append(numbers)
                 kept.append(to_trace(thinking, label))
         judged.append({"text": text, "ended": ended, "fault": fault})
     return {"question": question, "label": label, "right": right, "samples": judged, "kept": kept}
@@ -121,40 +123,28 @@ def judge(question: str, label: int, samples: list[dict], recipe: SimpleNamespac
 
 # --------------------------------------------------------------------------------------------------------- the files
 def write_lines(path: Path, rows: list[dict]) -> None:
-    """Write a JSON line for each row: all of them or none, so that readers never meet half a file."""
+    """Write the rows as JSON lines, completely or not at all."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def append_lines(path: Path, rows: list[dict]) -> None:
-    """Add lines, which are on the disk when this returns. A kill leaves a torn last line, which `read_log` drops.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise UserError(
-            f"cannot write {str(path)!r}: {first_line(error)}; mend that, and the same command goes on"
-        ) from error
+    """Append JSON lines, and wait until they are on the disk. A kill may cut the last one; `read_log` drops it."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def open_folder(output: Path, settings: dict) -> None:
-    """Take a free folder, or one whose samples were drawn with the same settings: two kinds are not mixed.
+    """Record the settings in a new folder, or check that its samples were drawn with the same settings.
 
-    The settings of a run that ended before its first sample bind nobody. Nor do weights that are not on this machine,
-    or that an older run has not recorded.
-
-    Raises:
-        UserError: the folder's samples were drawn with other settings, or it cannot be read.
+    Settings of a run without samples are replaced. Weights are compared only where both are known: those of a hub id
+    are not. Raises UserError if the settings differ or the folder cannot be read.
     """
     path, log = output / "settings.json", output / "questions.jsonl"
     try:
-        begun = path.exists() and log.exists() and log.stat().st_size > 0
-        old = dict(json.loads(path.read_bytes())) if begun else settings
+        sampled = path.exists() and log.exists() and log.stat().st_size > 0
+        old = dict(json.loads(path.read_bytes())) if sampled else settings
         for name in settings:
             unknown = name == "weights" and None in (old.get(name), settings[name])
             if old.get(name) != settings[name] and not unknown:
@@ -168,10 +158,9 @@ def open_folder(output: Path, settings: dict) -> None:
 
 
 def read_log(path: Path, asked: list[tuple[str, int]], recipe: SimpleNamespace) -> list[dict]:
-    """The questions that were sampled already, judged by the filters of today.
+    """The questions that were sampled already, judged again with the filters of `recipe`.
 
-    Raises:
-        UserError: the file is damaged, or does not hold the first of the questions that are asked.
+    Raises UserError if the file is damaged, or if its questions are not the first of `asked`.
     """
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     try:
@@ -191,8 +180,7 @@ def read_log(path: Path, asked: list[tuple[str, int]], recipe: SimpleNamespace) 
 def write_learnable(folder: Path, rows: list[dict], dev: list, test: list, recipe: SimpleNamespace) -> str:
     """Write a data set for train_grpo.py: the learnable questions, with the development and the test questions.
 
-    A question is learnable where the model answers it rightly in some samples and wrongly in others: its group has a
-    spread of rewards.
+    A question is learnable if some samples are right and others wrong: the rewards in its group then differ.
 
     Args:
         rows: what `judge` returned for each question.
@@ -204,7 +192,7 @@ def write_learnable(folder: Path, rows: list[dict], dev: list, test: list, recip
     train = [(row["question"], row["label"]) for row in rows if recipe.MIN_RIGHT <= row["right"] < recipe.SAMPLES]
     which = f"right {recipe.MIN_RIGHT} to {recipe.SAMPLES - 1} times of {recipe.SAMPLES}"
     if not train:
-        (folder / "train.jsonl").unlink(missing_ok=True)  # of another MIN_RIGHT
+        (folder / "train.jsonl").unlink(missing_ok=True)  # from an earlier call with another MIN_RIGHT
         return f"none: no question {which}"
     folder.mkdir(exist_ok=True)
     for split, pairs in (("test", test), ("validation", dev), ("train", train)):
@@ -214,11 +202,10 @@ def write_learnable(folder: Path, rows: list[dict], dev: list, test: list, recip
 
 # --------------------------------------------------------------------------------- files -> rows for fine-tuning
 def read_rows(file: str, flag: str, convert: Callable[[dict], dict]) -> list[dict]:
-    """The lines of a file as `{"prompt": [messages], "completion": [one assistant's message]}`.
+    """The lines of a file that `flag` names as `{"prompt": [messages], "completion": [one assistant's message]}`.
 
-    Raises:
-        UserError: no such file, not UTF-8, nothing in it, or a line of another format. A line with half a surrogate
-            pair, which no tokenizer takes, is only dropped, aloud.
+    `convert` is `from_trace` or `from_conversation`. Raises UserError if the file is missing, empty or not UTF-8, or if
+    a line has another format.
     """
     try:
         lines = Path(file).read_text(encoding="utf-8-sig").split("\n")  # with or without a byte order mark
@@ -226,24 +213,20 @@ def read_rows(file: str, flag: str, convert: Callable[[dict], dict]) -> list[dic
         raise UserError(f"{flag} {file!r} is not UTF-8: {first_line(error)}; save it as UTF-8") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{flag} {file!r} cannot be read: {first_line(error)}; name another file") from error
-    rows, broken = [], []
+    rows = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 rows.append(convert(json.loads(line)))
-            except UnicodeEncodeError:
-                broken.append(number)
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{flag} {file!r}, line {number}: {first_line(error)}; mend or drop it") from error
-    if broken:
-        note(f"{flag}: {len(broken)} lines dropped that hold half a surrogate pair, the first is line {broken[0]}")
     if not rows:
         raise UserError(f"{flag} {file!r} is empty; name another file")
     return rows
 
 
 def from_trace(line: dict) -> dict:
-    """A line of make_traces.py, or one like it; its prompt is used as it stands."""
+    """A row from a line of make_traces.py or one like it. Its prompt is not changed."""
     prompt, completion = messages_of(line, "prompt"), messages_of(line, "completion")
     if prompt[-1]["role"] != "user" or [message["role"] for message in completion] != ["assistant"]:
         raise ValueError("not a prompt that ends with the user and a completion of one assistant's message")
@@ -253,10 +236,9 @@ def from_trace(line: dict) -> dict:
 
 
 def from_conversation(line: dict) -> dict:
-    """A conversation: its last assistant's message is learned, what stands before is the prompt.
+    """A row from a conversation. Its last assistant's message is the completion, all messages before are the prompt.
 
-    One without a system turn gets a plain one. Else the chat template would put our prompt before it, which demands a
-    number.
+    Without a system turn it gets a plain one. Else the chat template would add our prompt, which asks for a number.
     """
     messages = messages_of(line, "messages")
     if messages[0]["role"] != "system":
@@ -269,7 +251,7 @@ def from_conversation(line: dict) -> dict:
 
 
 def messages_of(line: dict, name: str) -> list[dict]:
-    """The messages under `name`, their role and content and nothing else. Raises ValueError."""
+    """The messages under `name`, reduced to role and content. Raises ValueError if they are not as expected."""
     messages = line.get(name) if isinstance(line, dict) else None
     roles = ("system", "user", "assistant")
     if not (isinstance(messages, list) and messages):
@@ -277,28 +259,27 @@ def messages_of(line: dict, name: str) -> list[dict]:
     for message in messages:
         if not (isinstance(message, dict) and message.get("role") in roles and isinstance(message.get("content"), str)):
             raise ValueError(f"a message under {name!r} without a text as content or a role of {', '.join(roles)}")
-        message["content"].encode()  # UnicodeEncodeError, which is a ValueError: half a surrogate pair is no text
+        message["content"].encode()  # half a surrogate pair, which no tokenizer takes, raises UnicodeEncodeError
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
 def keep_usable(
     rows: list[dict], flag: str, tokenizer: PreTrainedTokenizerBase, held_out: set[str], recipe: SimpleNamespace
 ) -> list[dict]:
-    """The rows that are short enough and give away no held-out question; a note says how many fall, and why.
+    """The rows that are short enough and not about a question of `held_out`. A note counts the others.
 
-    Raises:
-        UserError: none is left.
+    Raises UserError if no row is left.
     """
     limits = f"longer than MAX_TOKENS {recipe.MAX_TOKENS} or MAX_COMPLETION_TOKENS {recipe.MAX_COMPLETION_TOKENS}"
-    fallen, kept = {limits: 0, "on test or development questions": 0}, []
+    dropped, kept = {limits: 0, "on test or development questions": 0}, []
     for row, (prompt, completion) in zip(rows, count_tokens(tokenizer, rows), strict=True):
         if prompt + completion > recipe.MAX_TOKENS or completion > recipe.MAX_COMPLETION_TOKENS:
-            fallen[limits] += 1
+            dropped[limits] += 1
         elif row["prompt"][-1]["content"] in held_out:
-            fallen["on test or development questions"] += 1
+            dropped["on test or development questions"] += 1
         else:
             kept.append(row)
-    said = ", ".join(f"{count} {why}" for why, count in fallen.items() if count)
+    said = ", ".join(f"{count} {why}" for why, count in dropped.items() if count)
     if not kept:
         raise UserError(f"{flag}: none of {len(rows)} rows can be learned: {said}; raise the limit, or name other rows")
     if said:
@@ -307,7 +288,7 @@ def keep_usable(
 
 
 def draw_mix(conversations: list[dict], traces: int, share: float, seed: int) -> list[dict]:
-    """As many conversations, drawn by chance, as make this share of all rows."""
+    """Draw so many conversations at random that they are this share of all rows."""
     wanted = round(traces * share / (1 - share))
     if wanted > len(conversations):
         note(f"--mix: MIX_SHARE {share} asks for {wanted} conversations, there are {len(conversations)}: all are taken")

@@ -161,7 +161,7 @@ def test_evaluate_script_samples(demo_base, tmp_path, capsys):
     figures = json.loads((tmp_path / "eval.json").read_text())
     assert {name: figures[name] for name in greedy} == greedy
     assert [*figures][len(greedy) :] == ["samples", "mean", "pass", "mean_ci95", "pass_ci95"]
-    assert 0 <= figures["mean"] <= figures["pass"] <= 1 and "any of 3" in said
+    assert 0 <= figures["mean"] <= figures["pass"] <= 1 and "pass@3" in said
     rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text(encoding="utf-8").splitlines()]
     answers = [[answer["completion"] for answer in row["samples"]] for row in rows]
     assert [len(each) for each in answers] == [3] * 6 and any(len(set(each)) > 1 for each in answers)

@@ -16,10 +16,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 import evaluate
 import train_grpo
-from engine import monitor
+from engine import alarms, monitor
+from engine.alarms import REPEAT, WINDOW, find_alarms, not_finite
 from engine.console import UserError
 from engine.curves import PANELS, draw_curves, read_history
-from engine.monitor import ALARMS, REPEAT, WINDOW, Monitor, SftMonitor, not_finite, preformatted, side_by_side
+from engine.monitor import Monitor, SftMonitor, preformatted, side_by_side
 from rewards import REWARD_WEIGHTS, REWARDS
 
 SAMPLE_KEYS = ["step", "question", "label", "completion", "extracted", "rewards", "advantage"]
@@ -51,7 +52,7 @@ DRIVEN = {
     "thinking_shrinks": (made(length__thinking=over(200, 90)), made(length__thinking=over(200, 110))),
     "entropy_collapsed": (made(training__entropy=over(0.5, 0.04)), made(training__entropy=over(0.5, 0.1))),
 }
-EARLIEST = {"thinking_shrinks": monitor.FIRST_STEPS + monitor.LAST_STEPS}  # steps; WINDOW for all others
+EARLIEST = {"thinking_shrinks": alarms.FIRST_STEPS + alarms.LAST_STEPS}  # steps; WINDOW for all others
 
 
 # Reasoning of a real 0.5B model, with formulas that resemble each other
@@ -101,12 +102,13 @@ HEALTHY = {
 }
 
 
-@pytest.mark.parametrize("check", ALARMS, ids=lambda check: check.__name__)
-def test_alarm(check):
-    bad, good = DRIVEN[check.__name__]
-    assert "\n" not in check(bad)
-    assert check(good) is None
-    assert check(bad[: EARLIEST.get(check.__name__, WINDOW) - 1]) is None and check([]) is None  # too early to tell
+@pytest.mark.parametrize("name", DRIVEN)
+def test_alarm(name):
+    bad, good = DRIVEN[name]
+    [(rung, line)] = find_alarms(bad).items()
+    assert rung == name and "\n" not in line
+    too_early = bad[: EARLIEST.get(name, WINDOW) - 1]
+    assert find_alarms(good) == find_alarms(too_early) == find_alarms([]) == {}
 
 
 @pytest.mark.parametrize(
@@ -121,28 +123,25 @@ def test_alarm(check):
 def test_alarm_on_a_real_model_that_gives_up_reasoning(length):
     """As recorded: the alarm rings within nine steps, and holds at the end."""
     history = made(length__thinking=list(map(int, length.split())))
-    rung = [step for step in range(len(history) + 1) if monitor.thinking_shrinks(history[:step])]
+    rung = [step for step in range(len(history) + 1) if find_alarms(history[:step])]
     assert 7 <= rung[0] <= 9 and rung[-1] == len(history)
 
 
 def test_a_healthy_run_raises_no_alarm():
     curves = {tag: [unit * int(number) for number in numbers.split()] for tag, (unit, numbers) in HEALTHY.items()}
     history = made(**curves, format__soft_format=curves["format/all"])
-    for check in ALARMS:
-        assert [check(history[:step]) for step in range(len(history) + 1)] == [None] * 51
+    assert [find_alarms(history[:step]) for step in range(len(history) + 1)] == [{}] * 51
 
 
-def test_flat_groups_of_right_answers_are_another_matter():
-    [hard, easy] = [
-        made(reward__zero_variance_groups=over(0.9), correctness__correct=over(share)) for share in (0.01, 0.99)
-    ]
-    assert "easier questions" in monitor.too_many_zero_variance_groups(hard)
-    assert "harder ones" in monitor.too_many_zero_variance_groups(easy)
+@pytest.mark.parametrize(("share", "remedy"), [(0.01, "easier questions"), (0.99, "harder ones")])
+def test_zero_variance_groups_of_right_answers_are_another_matter(share, remedy):
+    history = made(reward__zero_variance_groups=over(0.9), correctness__correct=over(share))
+    assert remedy in find_alarms(history)["too_many_zero_variance_groups"]
 
 
 def test_an_alarm_that_holds_is_raised_again_only_now_and_then(capsys):
     watch = Monitor.__new__(Monitor)
-    watch.raised, watch.unwritten, watch.history = {}, False, DRIVEN["too_many_cut_off"][0]
+    watch.raised, watch.warned, watch.history = {}, False, DRIVEN["too_many_cut_off"][0]
     texts = []
     watch.board = SimpleNamespace(add_text=lambda tag, text, step: texts.append((tag, step)))
     for step in range(50, 50 + REPEAT + 5):
@@ -204,17 +203,6 @@ def test_tags_and_markup_show_in_tensorboard():
     assert "<pre>" not in shown and "<code>" not in shown
 
 
-@pytest.mark.parametrize("watch", [Monitor, SftMonitor])
-def test_overview(watch, tmp_path):
-    """TensorBoard's overview tab has charts of these titles, each of its kind."""
-    with SummaryWriter(tmp_path) as board:
-        board.add_custom_scalars({"overview": watch.overview})
-    [layout] = EventAccumulator(str(tmp_path)).Reload().Tensors("custom_scalars__config__")
-    [category] = layout_pb2.Layout.FromString(layout.tensor_proto.string_val[0]).category
-    assert [chart.title for chart in category.chart] == list(watch.overview)
-    assert [bool(chart.margin.series) for chart in category.chart].count(True) == 1  # held-out, with its interval
-
-
 def test_resuming_drops_samples_that_will_be_made_again(tmp_path):
     file = tmp_path / "samples.jsonl"
     monitor.keep_samples_until(5, file)  # none yet
@@ -232,7 +220,7 @@ def test_a_full_disk_costs_curves_and_not_the_run(capsys):
         raise OSError(28, "No space left on device")
 
     watch = Monitor.__new__(Monitor)
-    watch.history, watch.unwritten, watch.board = [], False, SimpleNamespace(add_scalar=full)
+    watch.history, watch.warned, watch.board = [], False, SimpleNamespace(add_scalar=full)
     for step in (1, 2):
         watch.record(step, {"reward/total": 0.5, "length/mean": 30.0})
     assert [row["step"] for row in watch.history] == [1, 2] and watch.history[1]["length/mean"] == 30
@@ -284,13 +272,15 @@ def test_what_a_run_leaves_to_look_at(demo_output, tmp_path, capsys):
     assert "ALARM" not in said
     assert said.count("held-out   ") == 2  # the first point comes with `before`, the last one with `after`
 
-    events = EventAccumulator(str(demo_output / "runs")).Reload().Tags()
+    board = EventAccumulator(str(demo_output / "runs")).Reload()
+    events, [layout] = board.Tags(), board.Tensors("custom_scalars__config__")
+    [category] = layout_pb2.Layout.FromString(layout.tensor_proto.string_val[0]).category
+    assert [chart.title for chart in category.chart] == list(PANELS)  # of the overview tab
     groups = {tag.partition("/")[0] for tag in events["scalars"]}
     assert groups == {"reward", "correctness", "format", "language", "length", "training", "speed", "heldout"}
     shown = {tag.removesuffix("/text_summary") for tag in events["tensors"]}
     assert shown == {"recipe", "samples/group_1", "samples/group_2", "custom_scalars__config__"}
-    drawn = {tag for _, tags in Monitor.overview.values() for tag in tags}
-    drawn |= {tag for _, curves in PANELS.values() for tag in curves}
+    drawn = {tag for curves in PANELS.values() for tag in curves}
     told = re.findall(rf"`((?:{'|'.join(groups)})/[a-z_]+)`", (ROOT / "README.md").read_text(encoding="utf-8"))
     assert drawn | {*told} <= {*events["scalars"]} and len(told) > 8
     history = read_history(demo_output)

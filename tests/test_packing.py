@@ -163,7 +163,6 @@ def test_comparison_notices(tmp_path, monkeypatch, what):
         ({"model_type": "gemma"}, "not tried with a gemma model"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding window"),
         ({"_attn_implementation": "eager"}, "eager attention takes no mask"),
-        ({"output_router_logits": True}, "routers"),
     ],
 )
 def test_why_not(change, words):

@@ -132,7 +132,7 @@ def test_bench_speed_loads_another_checkout(tmp_path):
     before = {name: sys.modules.get(name) for name in ("engine", "engine.trainer", "prompts", "console")}
     theirs, oldest = bench_speed.load_checkout(new), bench_speed.load_checkout(old)
     assert theirs.trainer is not bench_speed.LeanGRPOTrainer and theirs.rollout is not bench_speed.Rollout
-    used = theirs.trainer._load_from_checkpoint.__globals__["check_fits"].__globals__["UserError"]
+    used = theirs.trainer._load_from_checkpoint.__globals__["UserError"]
     assert used is not UserError and used.__module__ == "engine.console" and oldest.trainer.mark == 2
     assert {name: sys.modules.get(name) for name in before} == before and before["console"] is None
     assert not [path for path in sys.path if path.startswith(str(tmp_path))]

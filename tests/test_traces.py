@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 import make_traces
-from engine import models
+from engine import console, models
 from engine.console import UserError
 from engine.constants import constants_of
 from engine.questions import load_questions, pairs_of, to_prompt
@@ -198,10 +198,11 @@ def test_kill_9(taught, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-def test_full_disk():
+def test_full_disk(capsys):
     """One line that says what to do; what a torn write leaves is dropped at the next start, as after a kill."""
-    with pytest.raises(UserError, match="No space left on device.*the same command goes on"):
-        append_lines(Path("/dev/full"), [{"question": "5分钟多少秒"}])
+    with pytest.raises(SystemExit, match="2"):
+        console.run(lambda: append_lines(Path("/dev/full"), [{"question": "5分钟多少秒"}]))
+    assert "No space left on device; free some and run it again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["a saved model", "an adapter"])
