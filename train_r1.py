@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
             f"{recipe.DATASET!r} has {len(train)} training questions, fewer than the {wanted} that this path asks; "
             "lower COLD_QUESTIONS, ROUNDS or QUESTIONS_PER_ROUND"
         )
-    workers = find_workers(flags.cpu)
+    workers = find_workers(flags.cpu, flags.demo)
     at_once = min(len(workers), recipe.RUNS_PER_ROUND)
     stages = Stages(output, make_plan(recipe, len(test), at_once), workers)
     print(f"model      {recipe.MODEL}")

@@ -18,7 +18,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine.console import UserError, note, run
+from engine.console import UserError, first_line, note, run
 from engine.folder import write_text
 from engine.questions import to_row
 
@@ -76,6 +76,7 @@ class Stages:
         kept = read_json(output / "stages.json")
         self.seconds: dict[str, float] = kept.get("seconds", {})  # of each stage, over all starts
         self.done: list[str] = kept.get("done", [])
+        self.skipped: list[str] = []
         self.questions: dict[str, list[int]] = kept.get("questions", {})  # stage -> first question and the one behind
 
     def _save(self) -> None:
@@ -101,6 +102,7 @@ class Stages:
 
     def skip(self, name: str, why: str) -> None:
         """A stage of the plan that is not needed."""
+        self.skipped.append(name)
         self.say(name, f"not needed, {why}")
 
     def run(self, name: str, *lanes: list[Command]) -> None:
@@ -135,7 +137,7 @@ class Stages:
         known = sum(self.plan[name].answers for name in self.done if name in self.plan)
         if not known:
             return ""
-        left = sum(stage.answers for name, stage in self.plan.items() if name not in self.done)
+        left = sum(stage.answers for name, stage in self.plan.items() if name not in self.done + self.skipped)
         seconds = sum(self.seconds[name] for name in self.done) * left / known
         return f"; all that is left takes about {timedelta(seconds=round(seconds))}"
 
@@ -232,11 +234,17 @@ def stop_with_parent() -> None:
 
 
 # ------------------------------------------------------------------------------------------------- before the start
-def find_workers(cpu: bool) -> list[dict[str, str]]:
-    """The environments of the processes that may run side by side: one a GPU, or two that share the cores."""
+def find_workers(cpu: bool, demo: bool) -> list[dict[str, str]]:
+    """The environments of the processes that may run side by side: one a GPU, or two that share the cores.
+
+    Raises:
+        UserError: there is no GPU, and neither --demo nor --cpu was given.
+    """
     import torch
 
     count = 0 if cpu else torch.cuda.device_count()
+    if not (count or cpu or demo):
+        raise UserError("no CUDA GPU found; --demo shows the path on any machine, --small --cpu takes hours")
     if count:
         named = os.environ.get("CUDA_VISIBLE_DEVICES")
         cards = named.split(",")[:count] if named else [str(number) for number in range(count)]
@@ -259,8 +267,13 @@ def check_disk(output: Path, model: str, models: int, checkpoints: int, lora: bo
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.device("meta"):
-        shape = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    try:
+        with torch.device("meta"):
+            shape = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the model {model!r} cannot be read: {first_line(error)}; name another with --model"
+        ) from error
     size = 4 * sum(parameter.numel() for parameter in shape.parameters())
     needed = models * size + checkpoints * (size // 10 if lora else 3 * size)  # with the two moments of Adam
     held = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import trl.kernels.chunked_logprob
 import trl.trainer.utils
 from accelerate.utils import DistributedType, gather_object
 from peft import PeftModel, get_peft_model_state_dict
@@ -45,6 +46,30 @@ def lean_lm_head(device: torch.device, labelled_only: bool = True) -> Iterator[N
         yield
     finally:
         utils._use_triton, utils._CHUNKED_LOGPROB_CHUNK_SIZE = before
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Within it TRL's LM head multiplies bf16 numbers for its gradients on a CPU's units for bf16, and adds in float32.
+
+    TRL casts them to float32 first, so that no sum is rounded to bf16. The product of two bf16 numbers is exact in
+    float32, so oneDNN may take them for bf16 again: the same sums in another order, 2.5 times as fast.
+    """
+    kernels, theirs = trl.kernels.chunked_logprob, trl.kernels.chunked_logprob._addmm_fp32
+
+    def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+        if a.device.type != "cpu" or not a.dtype == b.dtype == torch.bfloat16:
+            return theirs(total, a, b)
+        settings = torch.backends.mkldnn.matmul
+        before, settings.fp32_precision = settings.fp32_precision, "bf16"
+        total.addmm_(a.float(), b.float())
+        settings.fp32_precision = before
+
+    kernels._addmm_fp32 = add_product
+    try:
+        yield
+    finally:
+        kernels._addmm_fp32 = theirs
 
 
 class AtomicCheckpoints:
@@ -141,6 +166,10 @@ class LeanGRPOTrainer(AtomicCheckpoints, GRPOTrainer):
         self.shares_prompts, self.pair_cost = reason is None, 0.0 if reason else packing.pair_cost(model)
         if reason:
             note(f"each completion reads its prompt by itself, slower: {reason}")
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        with exact_products():  # of the backward pass
+            return super().training_step(*args, **kwargs)
 
     def _get_train_sampler(self, dataset=None) -> RepeatSampler:
         self._question_sampler = super()._get_train_sampler(dataset)
@@ -250,6 +279,10 @@ class LeanGRPOTrainer(AtomicCheckpoints, GRPOTrainer):
 
 class LeanSFTTrainer(AtomicCheckpoints, SFTTrainer):
     """SFTTrainer whose checkpoints are whole or not there."""
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        with exact_products():
+            return super().training_step(*args, **kwargs)
 
     def compute_loss(self, *args, **kwargs):
         with lean_lm_head(self.accelerator.device, labelled_only=False):
