@@ -1,4 +1,4 @@
-"""What a finished run offers to others: the README's own data trained on, its model used by pipeline and by Ollama."""
+"""What a finished run offers to others: docs/use.md's own data trained on, its model used by pipeline and by Ollama."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from engine.questions import load_splits, to_prompt
 from engine.templates import carry_prompt, render
 from prompts import SYSTEM_PROMPT, WORKED_EXAMPLE
 
-README = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/recipe.md"))
+USE = (ROOT / "docs" / "use.md").read_text(encoding="utf-8")
 
 
 def block_with(text: str, page: str) -> str:
@@ -27,9 +27,9 @@ def block_with(text: str, page: str) -> str:
 
 @pytest.fixture(scope="module")
 def run(demo_base, tmp_path_factory) -> SimpleNamespace:
-    """One step of the demo's model on the data that the README pastes: its folder, data, recipe and results."""
+    """One step of the demo's model on the data that docs/use.md pastes: its folder, data, recipe and results."""
     folder = tmp_path_factory.mktemp("own")
-    paste = block_with("my_data/train.jsonl", README).split("python ")[0]
+    paste = block_with("my_data/train.jsonl", USE).split("python ")[0]
     subprocess.run(["bash", "-euc", paste], cwd=folder, check=True)
     data, output = folder / "my_data", folder / "run"
     flags = ["--cpu", "--max-steps", 1, "--model", demo_base / "model", "--dataset", data, "--output", output]
@@ -42,7 +42,7 @@ RECORDS = {"recipe": "recipe/recipe.json", "results": "results.json", "config": 
 
 
 def test_data_of_your_own(run):
-    """The README's rows are read as they stand there, four to train on, one to develop with, others to test with."""
+    """Its rows are read as they stand there, four to train on, one to develop with, others to test with."""
     train, dev, test = load_splits(str(run.data), train_grpo.DEV_QUESTIONS)
     assert (len(train), len(dev)) == (4, 1) and all(label > 0 for label in train["answer"])
     asked = [question["content"] for rows in (train, dev, test) for [question] in rows["prompt"]]
@@ -83,11 +83,11 @@ def test_card_of_other_runs(run):
     assert is_hub_id("owner/name") and not any(map(is_hub_id, ["/a/b", "./a/b", "name", "a/b/c", str(run.output)]))
 
 
-@pytest.mark.parametrize("page", ["README.md", "card"])
+@pytest.mark.parametrize("page", ["use.md", "card"])
 def test_pipeline(run, page, monkeypatch, capsys):
-    """The lines for transformers' pipeline, as the README and the card have them, give the run's own greedy answer:
+    """The lines for transformers' pipeline, as docs/use.md and the card have them, give the run's own greedy answer:
     the folder knows the prompt, the limit of 32 tokens and that nothing is sampled. They import nothing of ours."""
-    text = README if page == "README.md" else (run.output / "README.md").read_text(encoding="utf-8")
+    text = USE if page == "use.md" else (run.output / "README.md").read_text(encoding="utf-8")
     code = block_with("pipeline(", text)
     monkeypatch.chdir(run.output if page == "card" else run.output.parent)
     capsys.readouterr()
