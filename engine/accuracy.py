@@ -6,6 +6,8 @@ import math
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
+from tqdm import tqdm
+
 from engine.numbers import answered_number, find_numbers
 from engine.templates import encode
 from rewards import soft_format_reward
@@ -60,19 +62,22 @@ def evaluate(
         The figures of `summarize`, and one row per question, in their order:
         `{question, completion, label, strict, flexible, format, tokens, truncated}`.
     """
-    from tqdm import tqdm
-
     prompts, labels = questions["prompt"][:], questions["answer"][:]
     ids = encode(tokenizer, prompts)
     # Prompts of like length share a batch, which needs less padding. The longest come first: memory peaks at once.
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     completion_ids: list[list[int]] = [[] for _ in ids]
-    starts = range(0, len(order), batch_size)
-    for start in tqdm(starts, title, unit=" batches", mininterval=5, disable=title is None, leave=False):
-        batch = order[start : start + batch_size]
-        made = sampler.generate([ids[i] for i in batch], max_new_tokens, temperature)
-        for i, new in zip(batch, made, strict=True):
-            completion_ids[i] = new
+    with tqdm(total=len(ids), desc=title, unit=" answers", mininterval=5, disable=title is None, leave=False) as bar:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+
+            def show(finished: int, before: int = start) -> None:  # a batch can take minutes on a CPU
+                bar.update(before + finished - bar.n)
+
+            made = sampler.generate([ids[i] for i in batch], max_new_tokens, temperature, show)
+            show(len(batch))
+            for i, new in zip(batch, made, strict=True):
+                completion_ids[i] = new
     texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
     rows = [
         {"question": prompt[-1]["content"], "completion": text, "label": label, **grade(text, label)}

@@ -31,6 +31,7 @@ from engine.console import UserError
 from engine.curves import PANELS, SFT_PANELS
 from engine.numbers import extract_answer, thinking_of
 from engine.questions import to_prompt
+from engine.templates import PLAIN_TEMPLATE, own_template
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -326,12 +327,28 @@ class Monitor(RunMonitor):
         self.print_plan(
             f"{recipe.DATASET}: {train} training questions ({dropped} longer than {recipe.MAX_PROMPT_TOKENS} tokens "
             "dropped)",
-            f"{recipe.QUESTIONS_PER_STEP} questions x {recipe.COMPLETIONS_PER_QUESTION} completions",
+            f"{recipe.QUESTIONS_PER_STEP} questions x {recipe.COMPLETIONS_PER_QUESTION} completions, "
+            f"{recipe.MICRO_BATCH} at a time (MICRO_BATCH)",
             math.ceil(recipe.EPOCHS * (train // recipe.QUESTIONS_PER_STEP)),
         )
         if recipe.REWARD_MODEL:
             unlabelled = sum(label is None for label in self.trainer.train_dataset["answer"])
             print(f"judged by  {recipe.REWARD_MODEL}: {unlabelled} training questions without a label", flush=True)
+
+    def measure_model(self, title: str, step: int) -> tuple[dict, str]:
+        """As above. Before the training it also says so where GRPO alone would teach this model the format only."""
+        figures, probe = super().measure_model(title, step)
+        if step == 0 and figures["strict"] < figures["flexible"] / 2:
+            seen = f"strict {figures['strict']:.1%} is less than half of flexible {figures['flexible']:.1%}"
+            if own_template(self.trainer.processing_class.chat_template) == PLAIN_TEMPLATE:
+                print(f"note: {seen}: this base model has to find the format by itself first (R1-Zero)", flush=True)
+            else:
+                print(
+                    f"WARNING: {seen}: GRPO alone would teach this model the format and cost it its reasoning, as was "
+                    "seen on a real model (docs/results.md). train_r1.py begins with a cold start. Training goes on",
+                    flush=True,
+                )
+        return figures, probe
 
     def measure(self, logs: dict) -> dict[str, float]:
         """Besides, figures of the completions. A reward that applied to no completion has no figure."""
@@ -427,7 +444,8 @@ class SftMonitor(RunMonitor):
         """Print the plan of the run; `what` says what it learns."""
         recipe, rows = self.recipe, len(self.trainer.train_dataset)
         steps = math.ceil(recipe.EPOCHS * math.ceil(rows / recipe.ROWS_PER_STEP))
-        self.print_plan(f"{what}; {recipe.DATASET}", f"{recipe.ROWS_PER_STEP} rows", steps)
+        each_step = f"{recipe.ROWS_PER_STEP} rows, {recipe.MICRO_BATCH} at a time (MICRO_BATCH)"
+        self.print_plan(f"{what}; {recipe.DATASET}", each_step, steps)
 
     def measure(self, logs: dict) -> dict[str, float]:
         """Besides, the tokens trained on."""

@@ -19,7 +19,7 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -142,11 +142,20 @@ class Sampler:
         self._side: torch.cuda.Stream | None = None  # one for all captures: each has a workspace for matrix products
         self._addresses: list[int] = []  # of the model's tensors, when the shadow was built
 
-    def generate(self, prompt_ids: list[list[int]], max_new_tokens: int, temperature: float = 0.0) -> list[list[int]]:
-        """One completion per prompt, in their order, with its end token. Temperature 0 takes the likeliest token."""
+    def generate(
+        self,
+        prompt_ids: list[list[int]],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[list[int]]:
+        """One completion per prompt, in their order, with its end token. Temperature 0 takes the likeliest token.
+
+        `on_progress` gets the number of finished completions now and then.
+        """
         if not prompt_ids:
             return []
-        *_, completions = self._decode(prompt_ids, max_new_tokens, temperature)
+        *_, completions = self._decode(prompt_ids, max_new_tokens, temperature, on_progress)
         if self.beside_training and self.batch is not None and _free_share(self.device) < 0.5:
             self.batch, self.graphs = None, {}  # training needs this memory; a new capture takes 0.2 s
         return [_cut(row, self.eos) for row in completions.tolist()]
@@ -195,7 +204,13 @@ class Sampler:
         self.copies.append((target, tensor))
         return target
 
-    def _decode(self, prompt_ids: list[list[int]], new: int, temperature: float) -> Iterator[torch.Tensor]:
+    def _decode(
+        self,
+        prompt_ids: list[list[int]],
+        new: int,
+        temperature: float,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> Iterator[torch.Tensor]:
         """Yield the completions so far, (rows, tokens), after every token. Behind a row's end token stands anything."""
         rows, width = len(prompt_ids), max(map(len, prompt_ids))
         check_positions(self.model, "the model", prompt=width, MAX_COMPLETION_TOKENS=new)
@@ -213,6 +228,8 @@ class Sampler:
                 running, live = rows - int(batch.done.sum()), len(batch.live)
                 if running == 0:
                     return
+                if on_progress:
+                    on_progress(rows - running)
                 if graph is None and live - running > 0.1 * live:
                     batch.drop_finished()
             if graph is not None:
@@ -334,7 +351,13 @@ class Sampler:
 class PlainSampler(Sampler):
     """The same through `model.generate`, for what `why_not` names. `stream` has all tokens at once."""
 
-    def _decode(self, prompt_ids: list[list[int]], new: int, temperature: float) -> Iterator[torch.Tensor]:
+    def _decode(
+        self,
+        prompt_ids: list[list[int]],
+        new: int,
+        temperature: float,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> Iterator[torch.Tensor]:
         # every value is given, because the model's generation_config.json sets those that are not
         sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
         config = GenerationConfig(

@@ -63,7 +63,7 @@ class Parrot:
     def __init__(self, answers):
         self.answers, self.batches, self.temperatures = answers, [], []
 
-    def generate(self, prompt_ids, max_new_tokens, temperature=0.0):
+    def generate(self, prompt_ids, max_new_tokens, temperature=0.0, on_progress=None):
         self.temperatures.append(temperature)
         self.batches.append([len(ids) for ids in prompt_ids])
         return [self.answers[len(ids)] for ids in prompt_ids]

@@ -20,7 +20,8 @@ from engine import alarms, monitor
 from engine.alarms import REPEAT, WINDOW, find_alarms, not_finite
 from engine.console import UserError
 from engine.curves import PANELS, draw_curves, read_history
-from engine.monitor import Monitor, SftMonitor, preformatted, side_by_side
+from engine.monitor import Monitor, RunMonitor, SftMonitor, preformatted, side_by_side
+from engine.templates import CHATML_TEMPLATE, PLAIN_TEMPLATE, carry_prompt
 from rewards import REWARD_WEIGHTS, REWARDS
 
 SAMPLE_KEYS = ["step", "question", "label", "completion", "extracted", "rewards", "advantage"]
@@ -235,6 +236,28 @@ def test_time_left_where_the_curves_were_deleted(capsys):
     watch.history = [{"step": 100, "heldout/strict": 0.2}, {"step": 101} | row | times]
     watch.print_step(110)
     assert "left 0:01:30" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("template", "strict", "said"),
+    [
+        (CHATML_TEMPLATE, 0.06, "WARNING: strict 6.0% is less than half of flexible 13.0%.*train_r1.py"),
+        (PLAIN_TEMPLATE, 0.06, "note: strict 6.0% .*R1-Zero"),
+        (CHATML_TEMPLATE, 0.07, None),
+    ],
+)
+def test_grpo_alone_would_teach_the_format_only(template, strict, said, monkeypatch, capsys):
+    """Before the training one line says so where the model can do twice as much as it can put into the format.
+
+    A base model is only told: in R1-Zero it has to find the format. After the training nothing is said.
+    """
+    monkeypatch.setattr(RunMonitor, "measure_model", lambda self, *_: ({"strict": strict, "flexible": 0.13}, "300"))
+    watch = Monitor.__new__(Monitor)
+    carried = carry_prompt(template, [{"role": "system", "content": "按格式"}])
+    watch.trainer = SimpleNamespace(processing_class=SimpleNamespace(chat_template=carried))
+    assert watch.measure_model("after", 40) == watch.measure_model("before", 0)
+    out = capsys.readouterr().out
+    assert re.fullmatch(said + ".*\n", out) if said else out == ""
 
 
 def test_resuming_replaces_the_curves_of_lost_steps(tmp_path):

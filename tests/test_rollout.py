@@ -5,6 +5,7 @@ same tensors, so that everything but CUDA's own part of it (`Sampler._capture`) 
 """
 
 import copy
+import io
 import json
 import os
 from contextlib import contextmanager
@@ -593,3 +594,36 @@ def test_two_ranks_draw_differently(tmp_path):
     assert [step["prompt_ids"] for step in one] == [step["prompt_ids"] for step in two]
     for a, b in zip(one, two, strict=True):
         assert a["completion_ids"] != b["completion_ids"]
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_progress_within_a_batch(plain):
+    """A batch can take minutes on a CPU: a bar hears how many answers have ended, and in the end of all of them."""
+    from engine import accuracy
+
+    model, heard = make_model().eval(), []
+    sampler = (PlainSampler if plain else Sampler)(model, make_tokenizer())
+    prompts = [[2 + i % 30, 2 + (7 * i) % 30] for i in range(25)]
+    lengths = [len(row) for row in sampler.generate(prompts, 60, on_progress=heard.append)]
+    if not plain:
+        expected = [sum(length <= look for length in lengths) for look in range(CHECK_EVERY, 61, CHECK_EVERY)]
+        assert heard == expected[: len(heard)] and len(heard) > 5
+    bars = []
+
+    class Bar(accuracy.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs | {"file": io.StringIO()})
+            bars.append([])
+
+        def update(self, n=1):
+            super().update(n)
+            bars[-1].append(self.n)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accuracy, "tqdm", Bar)
+        tokenizer = SimpleNamespace(batch_decode=lambda ids, **_: ["" for _ in ids])
+        rows = {"prompt": [[{"content": "x"}]] * 25, "answer": [1] * 25}
+        patch.setattr(accuracy, "encode", lambda *_: prompts)
+        accuracy.evaluate(sampler, tokenizer, rows, 60, batch_size=10, title="x")
+    [seen] = bars
+    assert seen == sorted(seen) and seen[-1] == 25 and (len(seen) == 3) == plain
