@@ -69,14 +69,15 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     asked = (sampler, tokenizer, questions, tokens, at_once)
 
     figures, rows = evaluate(*asked, title="evaluating")
-    probe = {"prompt": [to_prompt(recipe.PROBE_QUESTION)], "answer": [None]}
-    _, [told] = evaluate(sampler, tokenizer, probe, tokens, at_once)
-    figures["probe"] = {"question": recipe.PROBE_QUESTION, "answer": told["completion"]}
+    asked_too = {"prompt": [to_prompt(recipe.PROBE_QUESTION)], "answer": [None]}
+    _, [told] = evaluate(sampler, tokenizer, asked_too, tokens, at_once)
     folder.mkdir(parents=True, exist_ok=True)
     print(f"model      {flags.model}")
     print(f"data       {recipe.DATASET}, {flags.split} questions")
     print(f"accuracy   {describe(figures)}", flush=True)
     print(f"probe      {recipe.PROBE_QUESTION}: {extract_answer(told['completion']) or 'no answer'}", flush=True)
+    probe = {"question": recipe.PROBE_QUESTION, "answer": told["completion"]}
+    write_text(folder / "probe.json", json.dumps(probe, ensure_ascii=False) + "\n")
     write(folder, figures, rows)  # sampling takes several times as long: what is known by then is kept
     if flags.against:
         pairs = [(row["strict"], other["strict"]) for row, other in zip(rows, others, strict=True)]

@@ -31,9 +31,9 @@ def write_report(stages: Stages) -> str:
             cells = [percent(figures, "strict"), *shares, f"{figures['mean_tokens']:.0f}"]
         row = [name, stage.what, *cells, f"{minutes / 60:.1f}" if minutes else "not needed"]
         lines.append(f"| {' | '.join(row)} |")
-    greedy = read_json(stages.folder("test") / "before" / "eval.json")
+    greedy, probe = (read_json(stages.folder("test") / "before" / f"{name}.json") for name in ("eval", "probe"))
     head = ["model", "strict (95 %)", "flexible", "format", "tokens", "cut off", "pass@1 (95 %)", "pass@k (95 %)"]
-    head.append(greedy["probe"]["question"])
+    head.append(probe["question"])
     lines += ["", f"{greedy['n']} test questions:", "", f"| {' | '.join(head)} |", "| --- |" + " ---: |" * 8]
     for when in ("before", "after"):
         folder = stages.folder("test")
@@ -42,7 +42,7 @@ def write_report(stages: Stages) -> str:
         row = [when, percent(greedy, "strict"), f"{greedy['flexible']:.1%}", f"{greedy['format']:.1%}"]
         row += [f"{greedy['mean_tokens']:.0f}", f"{greedy['truncated']:.1%}"]
         row += [percent(sampled, "mean"), f"k = {sampled['samples']}: {percent(sampled, 'pass')}"]
-        row.append(extract_answer(greedy["probe"]["answer"]) or "no answer")
+        row.append(extract_answer(read_json(folder / when / "probe.json")["answer"]) or "no answer")
         lines.append(f"| {' | '.join(row)} |")
     text = "\n".join(lines) + "\n"
     write_text(stages.output / "report.md", text)

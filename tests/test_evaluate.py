@@ -125,8 +125,9 @@ def test_evaluate_script(demo_base, tmp_path):
         "evaluate.py", demo_base / "model", "--dataset", demo_base / "data", "--questions", ":6", "--output", tmp_path
     )
     figures = json.loads((tmp_path / "eval.json").read_text())
-    assert list(figures) == ["n", "strict", "flexible", "format", "mean_tokens", "truncated", "strict_ci95", "probe"]
-    assert figures["probe"]["question"] == "5分钟多少秒" and "probe      5分钟多少秒: " in done.stdout
+    assert list(figures) == ["n", "strict", "flexible", "format", "mean_tokens", "truncated", "strict_ci95"]
+    probe = json.loads((tmp_path / "probe.json").read_text(encoding="utf-8"))
+    assert probe["question"] == "5分钟多少秒" and "probe      5分钟多少秒: " in done.stdout
     assert figures["n"] == 6 and "95 % interval" in done.stdout
     rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text(encoding="utf-8").splitlines()]
     names = ["question", "completion", "label", "strict", "flexible", "format", "tokens", "truncated"]
