@@ -73,7 +73,7 @@ LORA_RANK: int = 16
 LORA_ALPHA: int = 32
 LORA_DROPOUT: float = 0.0
 LORA_MODULES: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-LORA_LEARNING_RATE: float = 1e-5  # an adapter wants about ten times the rate of the whole model
+LORA_LEARNING_RATE: float = 3e-5  # verl's for 320 completions a step; steps of 32 were measured at 1e-4
 
 # Saving and watching
 SAVE_EVERY: int = 25  # steps
