@@ -109,8 +109,7 @@ def fault_in(path: Path, error: BaseException) -> str:
 
     while isinstance(error, DatasetGenerationError) and error.__cause__:
         error = error.__cause__
-    said = " ".join(str(error).removeprefix("An error occurred while generating the dataset").split())
-    said = f"{type(error).__name__}: {said.rstrip('.')}"
+    said = f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}"
     if isinstance(error, UnicodeDecodeError):
         said = f"it is not UTF-8, save it as UTF-8 ({error})"
     for file in data_files(path) if path.is_dir() else ():
