@@ -64,7 +64,8 @@ def find(output: Path, recipe: SimpleNamespace, resume: bool) -> Path | None:
         return None
     checkpoint = newest_checkpoint(output)
     longer = {"MAX_STEPS", "EPOCHS"} & refuse_incompatible(output, recipe).keys()
-    if results.get("finished") and any(output.glob("*.safetensors")) and not longer:
+    at_the_end = results.get("finished") and results.get("steps") == step_of(checkpoint)
+    if at_the_end and any(output.glob("*.safetensors")) and not longer:
         raise UserError(f"the run in {str(output)!r} is finished, nothing is left to resume; name another --output")
     return checkpoint
 
