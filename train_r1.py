@@ -104,12 +104,14 @@ def configure(argv: list[str] | None, constants: dict[str, Any]) -> tuple[argpar
     recipe = all_constants.make_recipe(all_constants.constants_of(script), sized, constants, by_flag)
     all_constants.check_constants(vars(recipe), script)
     how = ["--demo"] * flags.demo + ["--cpu"] * flags.cpu
-    if flags.demo:
+    inputs = {"--model": recipe.MODEL, "--dataset": recipe.DATASET}
+    if flags.demo:  # it makes its own, where none are given
+        inputs = {"--model": flags.model, "--dataset": flags.dataset}
         base = Path(recipe.OUTPUT_DIR, "base")
         recipe.MODEL, recipe.DATASET = flags.model or str(base / "untaught"), flags.dataset or demo.folders(base)[1]
-    inputs = ["--model", recipe.MODEL, "--dataset", recipe.DATASET, *how]
-    train_sft.configure([*inputs, "--traces", "-"], recipe.SFT)  # they check what is given to them
-    recipe.step = train_grpo.configure(inputs, recipe.GRPO)[1]
+    asked = [word for flag, value in inputs.items() if value for word in (flag, value)] + how
+    train_sft.configure([*asked, "--traces", "-"], recipe.SFT)  # each checks what is given to it
+    recipe.step = train_grpo.configure(asked, recipe.GRPO)[1]
     return flags, recipe
 
 

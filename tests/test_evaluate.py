@@ -22,6 +22,7 @@ import train_grpo
 from engine import accuracy, console
 from engine.accuracy import evaluate, evaluate_samples, grade, interval, summarize, summarize_samples
 from engine.console import UserError
+from engine.memory import ON_CPU
 from engine.questions import load_splits, to_prompt
 from engine.templates import CHATML_TEMPLATE, carry_prompt, encode
 from prompts import WORKED_EXAMPLE
@@ -250,7 +251,7 @@ def test_asked_as_in_training(trained, demo_base, run_chat, monkeypatch):
     monkeypatch.setattr(chat, "encode", record)
     said = run_chat(trained, "--cpu", stdin="5分钟多少秒\nexit\n")
     evaluate_script.main([str(trained), "--dataset", str(demo_base / "data"), "--questions", ":2", "--cpu"])
-    assert len(asked) == 3 and "note" not in said
+    assert len(asked) == 4 and "note" not in said  # chat's, two test questions, and the probe
     for question, text in asked:
         turns = conversation_about(question, "按格式", WORKED_EXAMPLE)
         written = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
@@ -258,7 +259,7 @@ def test_asked_as_in_training(trained, demo_base, run_chat, monkeypatch):
 
 
 def test_memory_and_folder_are_this_machines(trained, demo_base, tmp_path, monkeypatch):
-    """A model may write as much as in its training, but as many rows at a time as our EVAL_BATCH says; a wrong --output
+    """A model may write as much as in its training, but as many rows at a time as fit here; a wrong --output
     costs no answers."""
     given = []
 
@@ -270,7 +271,7 @@ def test_memory_and_folder_are_this_machines(trained, demo_base, tmp_path, monke
     flags = [str(trained), "--dataset", str(demo_base / "data"), "--cpu"]
     with pytest.raises(SystemExit) as left:
         console.run(lambda: evaluate_script.main(flags))
-    assert left.value.code == 2 and given == [40, train_grpo.EVAL_BATCH]
+    assert left.value.code == 2 and given == [40, ON_CPU["EVAL_BATCH"]]
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--output .*is a file"):
         evaluate_script.main([*flags, "--output", str(tmp_path / "file")])
@@ -281,8 +282,9 @@ def test_development_questions(demo_base, tmp_path, monkeypatch, capsys):
     """--split dev asks the questions that training keeps for its curves, and says so; without it the test questions."""
     asked = []
 
-    def read(sampler, tokenizer, questions, tokens, batch, title):
-        asked.append(questions["prompt"][:])
+    def read(sampler, tokenizer, questions, tokens, batch, title=None):
+        if title:  # not the probe
+            asked.append(questions["prompt"][:])
         rows = [grade("<answer>1</answer>", 1) | {"tokens": 5, "truncated": False}]
         return summarize(rows), rows
 

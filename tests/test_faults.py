@@ -110,7 +110,7 @@ def run_fork(driver: Path, *flags: object) -> int:
         ("LEARNING_RATE", float("nan")),
         ("LEARNING_RATE", 0),
         ("LEARNING_RATE", True),
-        ("MICRO_BATCH", 0),
+        ("MICRO_BATCH", -1),
         ("MICRO_BATCH", 8.0),
         ("QUESTIONS_PER_STEP", -1),
         ("COMPLETIONS_PER_QUESTION", 1),
@@ -147,7 +147,7 @@ def test_constant_of_a_wrong_kind(tmp_path, name, value):
     ("script", "line", "retyped"),
     [
         ("train_grpo.py", "USE_LORA: bool = False", "USE_LORA = True"),
-        ("train_sft.py", "MICRO_BATCH: int = 8", "MICRO_BATCH = 4"),
+        ("train_sft.py", "MICRO_BATCH: int = 0", "MICRO_BATCH = 4"),
     ],
 )
 def test_constant_without_its_type(tmp_path, script, line, retyped):

@@ -215,7 +215,7 @@ def test_unreachable_hub(tmp_path):
 def test_batch_arithmetic():
     """The same completions per step on any number of processes; what does not divide is refused with the numbers."""
     step = ("QUESTIONS_PER_STEP", "COMPLETIONS_PER_QUESTION")
-    recipe = SimpleNamespace(**train_grpo.default_recipe())
+    recipe = SimpleNamespace(**train_grpo.default_recipe() | {"MICRO_BATCH": 16})
     assert [runs.accumulation_steps(recipe, step, n) for n in (1, 2, 8, 16)] == [16, 8, 2, 1]
     words = "QUESTIONS_PER_STEP 32 x COMPLETIONS_PER_QUESTION 8 = 256 rows .* MICRO_BATCH 16 on 3 process"
     with pytest.raises(UserError, match=words):
