@@ -243,6 +243,10 @@ def changed_constants(output: Path, recipe: SimpleNamespace) -> dict[str, tuple]
     A fingerprint (..._READ) differs only where both are known: they are not known before the inputs are read.
     """
     before, now = _read_json(output / "recipe" / "recipe.json", "OUTPUT_DIR"), describe_recipe(recipe)
+    old, new = before["OUTPUT_DIR"] + os.sep, now["OUTPUT_DIR"] + os.sep
+    for name, value in before.items():
+        if isinstance(value, str) and value.startswith(old):  # the demo's own model, in a folder that was moved
+            before[name] = new + value.removeprefix(old)
     changes = {}
     for name in sorted((before.keys() | now.keys()) - {"OUTPUT_DIR"}):
         values = before.get(name), now.get(name)

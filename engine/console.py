@@ -49,7 +49,7 @@ def run(main: Callable[[], None], outlive_reader: bool = True) -> None:
         main()
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # only one of the processes of this machine says it
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"error: {' '.join((cache_fault(error) or str(error)).split())}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; this file knows no torch
@@ -64,6 +64,18 @@ def run(main: Callable[[], None], outlive_reader: bool = True) -> None:
     except KeyboardInterrupt:
         print(file=sys.stderr)  # the terminal has shown ^C without ending the line
         sys.exit(130)
+
+
+def cache_fault(error: BaseException | None) -> str | None:
+    """What to say if this error, or one that caused it, is about the hub's cache, which data sets use too."""
+    while error is not None:
+        if isinstance(error, OSError) and error.filename and not isinstance(error, FileNotFoundError):
+            from huggingface_hub.constants import HF_HOME
+
+            if Path(str(error.filename)).is_relative_to(HF_HOME):
+                return f"the cache in {HF_HOME!r} cannot be used: {error}; set HF_HOME to a folder that can be written"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def first_line(error: BaseException) -> str:

@@ -6,6 +6,7 @@ python -m engine.curves output other ...      draw several runs over each other,
 
 import argparse
 import logging
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
 
@@ -29,6 +30,9 @@ SFT_PANELS = {  # of train_sft.py's runs
     "cut off": {"heldout/truncated": "held-out"},
     "entropy": PANELS["entropy"],
 }
+LATIN = "DejaVu Sans"  # comes with matplotlib
+# How the names of families with Chinese characters begin, on Linux, Windows and macOS
+CHINESE = "Noto Sans CJK,Noto Sans SC,Source Han Sans,WenQuanYi,SimHei,Microsoft YaHei,PingFang,Heiti,Arial Unicode"
 SMOOTH = 5  # steps in the mean that is drawn over the faint curve of single steps
 
 
@@ -60,11 +64,13 @@ def draw_curves(runs: dict[str, History], picture: Path) -> None:
     from matplotlib import rcParams
     from matplotlib.figure import Figure  # not pyplot, which needs a display
 
-    if len(runs) > 1 and not "".join(runs).isascii():  # matplotlib's own font has no Chinese characters
+    fonts = find_fonts("".join(runs) if len(runs) > 1 else "")
+    if not fonts:
         numbered = {f"run {number}": name for number, name in enumerate(runs, start=1)}
-        note("in the picture " + ", ".join(f"{label} is {name!r}" for label, name in numbered.items()))
+        said = ", ".join(f"{label} is {name!r}" for label, name in numbered.items())
+        note(f"no font that is installed shows all names (install Noto Sans CJK, say); in the picture {said}")
         runs = {label: runs[name] for label, name in numbered.items()}
-    rcParams["text.parse_math"] = False  # a $ in a name begins no formula
+    rcParams.update({"font.family": fonts or LATIN, "text.parse_math": False})  # a $ in a name begins no formula
     supervised = all(any("training/token_accuracy" in row for row in history) for history in runs.values())
     panels = SFT_PANELS if supervised else PANELS
     figure = Figure(figsize=(10, 6), dpi=100, layout="constrained")
@@ -82,6 +88,22 @@ def draw_curves(runs: dict[str, History], picture: Path) -> None:
         axes.legend(fontsize=9)
     figure.supxlabel("step", fontsize=10)
     figure.savefig(picture)
+
+
+def find_fonts(text: str) -> list[str] | None:
+    """Font families that have all characters of a text: matplotlib's own, and a Chinese one where it needs that."""
+    from matplotlib.font_manager import FontProperties, findfont, findSystemFonts, fontManager, get_font
+
+    if not text.isascii():
+        for file in set(findSystemFonts()) - {font.fname for font in fontManager.ttflist}:
+            with suppress(Exception):  # installed since matplotlib last looked; it may be of a kind that it cannot read
+                fontManager.addfont(file)
+    installed = sorted({font.name for font in fontManager.ttflist if font.name.startswith(tuple(CHINESE.split(",")))})
+    for families in ([LATIN], *([LATIN, family] for family in installed)):
+        fonts = [get_font(findfont(FontProperties(family=[family]))) for family in families]
+        if all(any(font.get_char_index(ord(char)) for font in fonts) for char in text):
+            return families
+    return None
 
 
 def draw_curve(axes, history: History, tag: str, color: str, label: str) -> None:

@@ -67,33 +67,36 @@ def read_splits(dataset: str) -> dict[str, Dataset]:
 def read_local(path: Path) -> Dataset | DatasetDict:
     """The splits of a folder, or the rows of a file."""
     from datasets import load_dataset, load_from_disk
+    from datasets.data_files import get_data_patterns
 
     if any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
         return load_from_disk(path)
     whole = str(path.resolve())  # whole, because a bare `json` is the name of a reader
-    if path.is_dir() and glob.escape(whole) != whole:
-        raise ValueError("the reader takes *, ? and [ in a path for a pattern, so rename the folder")
+    literal = glob.escape(whole)  # the readers take *, ? and [ for a pattern
     for file in data_files(path):
         if file.suffix.lower() != ".parquet":
             file.read_text(encoding="utf-8")  # not every reader notices another encoding
     with tempfile.TemporaryDirectory() as cache:  # an own one: the usual cache misses changes that keep a file's date
         options = {"cache_dir": cache, "keep_in_memory": True}
-        if path.is_dir():
-            return read_named(whole, **options)
-        return load_dataset(READERS[path.suffix.lower()], data_files=glob.escape(whole), split="train", **options)
+        if path.is_file():
+            return load_dataset(READERS[path.suffix.lower()], data_files=literal, split="train", **options)
+        if literal != whole:
+            found = get_data_patterns(literal).items()
+            options["data_files"] = {split: [f"{literal}/{each}" for each in patterns] for split, patterns in found}
+        return read_named(whole, **options)
 
 
 def read_named(name: str, **options) -> Dataset | DatasetDict:
     """The splits of a hub id or a folder; of several configurations without a default the one called `main`."""
-    from datasets import load_dataset
+    from datasets import get_dataset_config_names, load_dataset
 
     try:
         return load_dataset(name, **options)
     except ValueError as error:
         if "Config name is missing" not in str(error):
             raise
-    data = load_dataset(name, "main", **options)
-    note(f"the data set {name!r} has several configurations: 'main' is read")
+    data = load_dataset(name, "main", **options)  # without one its error names those that there are
+    note(f"the data set {name!r} has the configurations {', '.join(get_dataset_config_names(name))}: 'main' is read")
     return data
 
 

@@ -213,13 +213,17 @@ def read_rows(file: str, flag: str, convert: Callable[[dict], dict]) -> list[dic
         raise UserError(f"{flag} {file!r} is not UTF-8: {first_line(error)}; save it as UTF-8") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{flag} {file!r} cannot be read: {first_line(error)}; name another file") from error
-    rows = []
+    rows, broken = [], []
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 rows.append(convert(json.loads(line)))
+            except UnicodeEncodeError:
+                broken.append(number)
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{flag} {file!r}, line {number}: {first_line(error)}; mend or drop it") from error
+    if broken:
+        note(f"{flag}: {len(broken)} lines dropped that hold half a surrogate pair, the first is line {broken[0]}")
     if not rows:
         raise UserError(f"{flag} {file!r} is empty; name another file")
     return rows

@@ -255,6 +255,16 @@ def test_resuming_without_curves(train, copy, capsys):
     assert "made again" not in file.read_text(encoding="utf-8")
 
 
+def test_moved_folder_is_the_same_run(tmp_path):
+    """The demo's model lies inside the output folder: moving that, or spelling it otherwise, changes no recipe."""
+    recipe = SimpleNamespace(OUTPUT_DIR="output/demo", MODEL="output/demo/base/model")
+    checkpoints.save_recipe(tmp_path, recipe)
+    recipe.OUTPUT_DIR, recipe.MODEL = "/elsewhere/demo", "/elsewhere/demo/base/model"
+    assert checkpoints.changed_constants(tmp_path, recipe) == {}
+    recipe.MODEL = "/elsewhere/other/model"
+    assert list(checkpoints.changed_constants(tmp_path, recipe)) == ["MODEL"]
+
+
 def test_unfit_constants_exist():
     """What a resumed run refuses to see changed are constants of train_grpo.py, train_sft.py's traces, fingerprints."""
     assert checkpoints.INCOMPATIBLE.keys() <= train_grpo.default_recipe().keys() | {"TRACES", "TEST_READ", "MODEL_READ"}

@@ -236,18 +236,10 @@ def test_test_questions_are_not_learned(tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------------------- folders and files
-@pytest.mark.parametrize("name", ["brackets[1]", "st*r"])
-def test_a_folder_whose_name_is_a_pattern(name, tmp_path):
-    """The files of a neighbour that the pattern matches are not read; the folder is refused in a line."""
-    for each in (name, "brackets1", "star"):
-        make(tmp_path / each, lines(ROWS))
-    assert "so rename the folder" in fault(str(tmp_path / name))
-
-
-@pytest.mark.parametrize("name", ["json", "csv", "新 数据"])
+@pytest.mark.parametrize("name", ["json", "csv", "text", "parquet", "imagefolder", "brackets[1]", "st*r", "新 [数据]"])
 def test_a_folder_is_read_whatever_its_name(name, tmp_path, monkeypatch):
-    """Also where a reader has that name, the folder's own files are read and no others."""
-    for each in (name, "zzz"):
+    """Readers of that name, patterns that match it or its neighbours: the folder's own files are read, no others."""
+    for each in (name, "brackets1", "star", "zzz"):
         make(tmp_path / each, lines(ROWS[:1] if each == name else ROWS[5:]), lines(ROWS[1:3] if each == name else ROWS))
     monkeypatch.chdir(tmp_path)
     for given in (name, f"{name}/", str(tmp_path / name)):
@@ -314,7 +306,7 @@ def configurations(folder: Path, *names: str) -> str:
 def test_of_several_configurations_main_is_read(tmp_path, capsys):
     """As in openai/gsm8k: `main` is taken and said; without it they are named, and how to choose."""
     assert labels(configurations(tmp_path / "two", "socratic", "main")) == [1]
-    assert "has several configurations: 'main' is read" in capsys.readouterr().out
+    assert "has the configurations socratic, main: 'main' is read" in capsys.readouterr().out
     said = fault(configurations(tmp_path / "none", "easy", "hard"))
     assert "'main' not found" in said and "easy" in said and "hard" in said
 

@@ -15,7 +15,7 @@ from conftest import ROOT
 import chat
 import evaluate as evaluate_script
 import make_traces
-from engine import checkpoints, curves, models
+from engine import checkpoints, console, curves, models
 from engine.console import UserError
 from engine.templates import trained_recipe
 from engine.traces import from_conversation, read_rows
@@ -48,12 +48,14 @@ def conversation(answer: str) -> dict:
     return {"messages": [{"role": "user", "content": "你好"}, {"role": "assistant", "content": answer}]}
 
 
-def test_half_a_surrogate_pair(tmp_path):
-    """A text that no tokenizer takes is named by its line, before the model is loaded."""
-    rows = [conversation(answer) for answer in ("\U0001f600", "\ud83d")]
+def test_half_a_surrogate_pair_costs_its_line(tmp_path, capsys):
+    """A text that no tokenizer takes is dropped with a note, before the model is loaded; the other lines are kept."""
+    rows = [conversation(answer) for answer in ("好", "\ud83d", "\U0001f600", "\udc00")]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UserError, match="^--mix .*chat.jsonl', line 2: .*surrogates not allowed; mend or drop it$"):
-        read_rows(str(tmp_path / "chat.jsonl"), "--mix", from_conversation)
+    read = read_rows(str(tmp_path / "chat.jsonl"), "--mix", from_conversation)
+    assert [row["completion"][0]["content"] for row in read] == ["好", "\U0001f600"]
+    said = "note: --mix: 2 lines dropped that hold half a surrogate pair, the first is line 2\n"
+    assert capsys.readouterr().out == said
 
 
 @pytest.mark.parametrize("flag", ["--traces", "--mix"])
@@ -176,8 +178,30 @@ def test_picture_that_cannot_be_written(tmp_path, monkeypatch):
         curves.main()
 
 
+def test_cache_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    """Where the hub's cache is read-only, one line names HF_HOME and what to do, whatever library met it."""
+    from transformers import AutoModelForCausalLM
+
+    def denied(name, **_):
+        try:
+            raise PermissionError(13, "Permission denied", str(tmp_path / "cache" / "hub"))
+        except PermissionError as error:  # as transformers does
+            raise OSError(f"PermissionError when downloading {name}") from error
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", denied)
+    for home, words in (("cache", "set HF_HOME to a folder that can be written"), ("elsewhere", "set HF_ENDPOINT=")):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / home))
+        with pytest.raises(SystemExit, match="2"):
+            console.run(lambda: models.load_model("owner/model"))
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and words in line and ("'cache'" not in home or str(tmp_path) in line)
+
+
 # ---------------------------------------------------------------------------------------------------- names in pictures
 HISTORY = [{"step": step, "reward/total": step / 10} for step in range(3)]
+
+
+LAST_RESORT = "Last Resort"  # it comes with matplotlib, and has a box with a number for every character there is
 
 
 def labels(monkeypatch, tmp_path, *names: str) -> list[str]:
@@ -196,9 +220,32 @@ def labels(monkeypatch, tmp_path, *names: str) -> list[str]:
     return list(dict.fromkeys(used))
 
 
-def test_names_in_a_picture(monkeypatch, tmp_path, capsys):
-    """A $ is a $. A name that matplotlib's font cannot show becomes run 1, and a note says which one that is."""
-    assert labels(monkeypatch, tmp_path, "output/first", "$\\frac{") == ["output/first", "$\\frac{"]
+def test_chinese_names_with_a_font(monkeypatch, tmp_path, capsys):
+    """Where a font has the characters it is used, and the picture shows the names; a $ is a $."""
+    monkeypatch.setattr(curves, "CHINESE", LAST_RESORT, raising=False)
+    assert labels(monkeypatch, tmp_path, "output/第一次", "费用$\\frac{") == ["output/第一次", "费用$\\frac{"]
     assert not capsys.readouterr().out
+
+
+def test_names_without_a_font(monkeypatch, tmp_path, capsys):
+    """Where no font has the characters the picture says run 1 and run 2, and a note says which name is which."""
+    monkeypatch.setattr(curves, "CHINESE", "no such font", raising=False)
     assert labels(monkeypatch, tmp_path, "第一次", "second") == ["run 1", "run 2"]
-    assert capsys.readouterr().out == "note: in the picture run 1 is '第一次', run 2 is 'second'\n"
+    said = capsys.readouterr().out
+    assert said.startswith("note: no font") and said.endswith("run 1 is '第一次', run 2 is 'second'\n")
+    assert labels(monkeypatch, tmp_path, "first", "zweitgrößte") == ["first", "zweitgrößte"]
+    assert not capsys.readouterr().out
+
+
+def test_font_installed_since(monkeypatch, tmp_path):
+    """matplotlib keeps a list of the fonts that it once found; one installed since is found all the same."""
+    from matplotlib import font_manager
+
+    known = font_manager.fontManager.ttflist
+    (new,) = (font for font in known if font.name.startswith(LAST_RESORT))
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [font for font in known if font is not new])
+    (tmp_path / "torn.ttf").write_bytes(b"no font")
+    files = [str(tmp_path / "torn.ttf"), shutil.copy(new.fname, tmp_path)]
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: files)
+    monkeypatch.setattr(curves, "CHINESE", LAST_RESORT, raising=False)
+    assert curves.find_fonts("中文") == [curves.LATIN, new.name]
