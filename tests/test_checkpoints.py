@@ -204,7 +204,7 @@ def test_changed_recipe_is_named_and_recorded(copy, capsys):
     said = capsys.readouterr().out.splitlines()
     assert said == [
         "note: from checkpoint-3 on LEARNING_RATE is 0.0001, no longer 0.0005",
-        "note: from checkpoint-3 on MICRO_BATCH is 8, no longer 16",
+        "note: from checkpoint-3 on MICRO_BATCH is 8, no longer 4",
     ]
     assert json.loads((copy / "recipe" / "recipe-until-3.json").read_text()) == old
     assert checkpoints.changed_constants(copy, recipe) == {}

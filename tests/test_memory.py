@@ -74,8 +74,14 @@ def test_what_is_chosen_fits(shape):
         held = state_bytes(shape, RECIPE, True) + rows * row_bytes(shape, RECIPE, True, TOKENS)
         assert held < 0.8 * gib * GIB
     for constants in ({"BETA": 0.04}, {"GRADIENT_CHECKPOINTING": False}):
-        less = choose_micro_batch(24 * GIB, shape, changed(**constants), True, TOKENS, ROWS)
-        assert less < choose_micro_batch(24 * GIB, shape, RECIPE, True, TOKENS, ROWS)
+        pairs = [
+            [
+                choose_micro_batch(gib * GIB, shape, recipe, True, TOKENS, ROWS)
+                for recipe in (changed(**constants), RECIPE)
+            ]
+            for gib in range(20, 40)
+        ]
+        assert all(less <= most for less, most in pairs) and any(less < most for less, most in pairs)
     assert choose_micro_batch(24 * GIB, shape, RECIPE, False, TOKENS, ROWS) < 32  # float32
 
 
