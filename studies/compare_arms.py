@@ -142,8 +142,8 @@ def main(argv: list[str] | None = None) -> None:
     sample = write_questions(flags.dataset, flags.dataset, flags.questions, output / "sample")
     data = {"greedy": (flags.dataset, 0), "sampled": (sample, flags.samples)}
 
-    head = ["model", "strict", "flexible", "format", "tokens", "cut off", "won, lost", "one sample"]
-    head += [f"any of {flags.samples}", "training"]
+    head = ["model", "strict", "flexible", "format", "tokens", "cut off", "won, lost", "pass@1"]
+    head += [f"pass@{flags.samples}", "training"]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     lines.append(row("before", measure(flags.model, data, output / "before", cpu)))
     for arm, seed in ((arm, seed) for arm in flags.arms for seed in flags.seeds):
