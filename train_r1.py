@@ -8,10 +8,12 @@ it runs it. In the end report.md holds a table with a row for every stage, and r
     python train_r1.py --demo     # a tiny base model on made problems: minutes on any machine
 
 The same command goes on where it was stopped. No training question is used twice. The development questions tell how
-good each stage is; the test questions are asked in the last stage only, of the first model and of the last one.
+good each stage is. All test questions are asked in the last stage only, of the first model and of the last one; on the
+way each training shows a few of them before and after, which decides nothing.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +37,7 @@ DATASET: str = train_grpo.DATASET  # --dataset
 OUTPUT_DIR: str = "output/r1"  # --output
 SEED: int = 1  # of the order of the questions and of every stage; --seed
 DEV_QUESTIONS: int = train_grpo.DEV_QUESTIONS  # they tell how good each stage is
-SAMPLES: int = 4  # answers at temperature 1 to each question that is measured, for pass@1
+MEASURE_SAMPLES: int = 4  # answers at temperature 1 to each question that is measured, for pass@1
 
 # Cold start: the model answers behind WORKED_EXAMPLE, and learns to give its right answers without the example
 COLD_START: Literal["auto", "always", "never"] = "auto"  # auto: where strict is less than half of flexible
@@ -49,7 +51,7 @@ RUNS_PER_ROUND: int = 2  # from different seeds; the mean of their weights goes 
 STEPS: int = 40  # of each run
 
 # The test questions
-SAMPLED_QUESTIONS: int = 300  # so many are also answered SAMPLES times; all are answered greedily
+SAMPLED_QUESTIONS: int = 300  # so many are also sampled, MEASURE_SAMPLES times; all are answered greedily
 
 # Constants of train_sft.py and of train_grpo.py. Right answers alone are paid: with pay for the format every arm on a
 # real model stood still or fell (docs/results.md).
@@ -58,12 +60,13 @@ GRPO: dict = {"REWARD_WEIGHTS": [0.0, 0.0, 0.0, 0.0, 1.0, 0.0], "TEST_QUESTIONS"
 
 # --small: the sizes of the runs that docs/results.md tells of
 SMALL = {
+    "OUTPUT_DIR": "output/r1-small",
     "QUESTIONS_PER_ROUND": 240,
     "SFT": SFT | {"USE_LORA": True, "MICRO_BATCH": 2, "MAX_COMPLETION_TOKENS": 320, "GRADIENT_CHECKPOINTING": False},
     "GRPO": GRPO
     | {
         "QUESTIONS_PER_STEP": 4,
-        "MICRO_BATCH": 2,  # 9 GB
+        "MICRO_BATCH": 2,  # 9 GB of memory on a CPU, each of two runs side by side
         "GRADIENT_CHECKPOINTING": False,
         "MAX_COMPLETION_TOKENS": 320,
         "USE_LORA": True,
@@ -91,7 +94,7 @@ def configure(argv: list[str] | None, constants: dict[str, Any]) -> tuple[argpar
     parser = argparse.ArgumentParser(description="the whole path, from a model to a better one", allow_abbrev=False)
     parser.add_argument("--model", help=f"hub id or folder (default: {MODEL})")
     parser.add_argument("--dataset", help=f"hub id, folder or file (default: {DATASET})")
-    parser.add_argument("--output", help=f"where the path writes (default: {OUTPUT_DIR}, the demo: output/r1-demo)")
+    parser.add_argument("--output", help=f"folder of the path (default: {OUTPUT_DIR}, or -small, -demo behind it)")
     parser.add_argument("--seed", type=int, help=f"another seed (default: {SEED})")
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--small", action="store_true", help="the sizes that were measured: fewer questions, LoRA")
@@ -111,16 +114,18 @@ def configure(argv: list[str] | None, constants: dict[str, Any]) -> tuple[argpar
         recipe.MODEL, recipe.DATASET = flags.model or str(base / "untaught"), flags.dataset or demo.folders(base)[1]
     asked = [word for flag, value in inputs.items() if value for word in (flag, value)] + how
     train_sft.configure([*asked, "--traces", "-"], recipe.SFT)  # each checks what is given to it
-    recipe.step = train_grpo.configure(asked, recipe.GRPO)[1]
+    recipe.grpo = train_grpo.configure(asked, recipe.GRPO)[1]
     return flags, recipe
 
 
-def make_plan(recipe: SimpleNamespace, tested: int, at_once: int) -> dict[str, Stage]:
-    """The stages in their order. `at_once` runs of a round go side by side."""
-    measured = recipe.DEV_QUESTIONS * (1 + recipe.SAMPLES)
-    step, samples, runs = recipe.step, make_traces.SAMPLES, recipe.RUNS_PER_ROUND
-    learned = 3 * recipe.STEPS * step.QUESTIONS_PER_STEP * step.COMPLETIONS_PER_QUESTION  # drawn, then trained on
-    plan = {"measure": Stage(f"{recipe.DEV_QUESTIONS} development questions x {1 + recipe.SAMPLES} answers", measured)}
+def make_plan(recipe: SimpleNamespace, tested: int, workers: int) -> dict[str, Stage]:
+    """The stages in their order. `tested` is the number of test questions; so many `workers` go side by side."""
+    at_once = min(workers, recipe.RUNS_PER_ROUND)
+    measured = recipe.DEV_QUESTIONS * (1 + recipe.MEASURE_SAMPLES)
+    grpo, samples, runs = recipe.grpo, make_traces.SAMPLES, recipe.RUNS_PER_ROUND
+    learned = 3 * recipe.STEPS * grpo.QUESTIONS_PER_STEP * grpo.COMPLETIONS_PER_QUESTION  # drawn, then trained on
+    each = f"x {1 + recipe.MEASURE_SAMPLES} answers"
+    plan = {"measure": Stage(f"{recipe.DEV_QUESTIONS} development questions {each}", measured)}
     if recipe.COLD_START != "never":
         where = " behind WORKED_EXAMPLE" if recipe.COLD_EXAMPLE else ""
         cold = recipe.COLD_QUESTIONS
@@ -130,11 +135,11 @@ def make_plan(recipe: SimpleNamespace, tested: int, at_once: int) -> dict[str, S
         asked = recipe.QUESTIONS_PER_ROUND
         plan[f"learnable-{number}"] = Stage(f"{asked} new training questions x {samples} answers", asked * samples)
         what = f"{runs} x {recipe.STEPS} steps of GRPO on those that it sometimes solves"
-        plan[f"grpo-{number}"] = Stage(what, learned * -(-runs // at_once) + measured * (runs == 1))
+        plan[f"grpo-{number}"] = Stage(what, learned * math.ceil(runs / at_once) + measured * (runs == 1))
         if runs > 1:
             plan[f"mean-{number}"] = Stage(f"the mean of the {runs} models", measured)
-    sampled = min(recipe.SAMPLED_QUESTIONS, tested) * recipe.SAMPLES
-    plan["test"] = Stage(f"{tested} test questions, before and after", 2 * (tested + sampled) // min(at_once, 2))
+    sampled = min(recipe.SAMPLED_QUESTIONS, tested) * recipe.MEASURE_SAMPLES
+    plan["test"] = Stage(f"{tested} test questions, before and after", 2 * (tested + sampled) // min(workers, 2))
     return plan
 
 
@@ -149,9 +154,13 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     train, dev, test = (pairs_of(rows) for rows in load_splits(recipe.DATASET, recipe.DEV_QUESTIONS))
     settings = {name: value for name, value in vars(recipe).items() if name.isupper() and name != "OUTPUT_DIR"}
     settings |= {"weights": fingerprint_weights(recipe.MODEL), "questions": fingerprint_rows([train, dev, test])}
-    keep_settings(output, settings, fixed=("MODEL", "DATASET", "SEED", "weights", "questions"))
+    settings |= {f"{name} of train_grpo.py": value for name, value in vars(recipe.grpo).items() if name not in settings}
+    makes_the_plan = ("COLD_START", "ROUNDS", "RUNS_PER_ROUND")
+    keep_settings(output, settings, fixed=("MODEL", "DATASET", "SEED", "weights", "questions", *makes_the_plan))
     write_data(data, train, dev, test, recipe.SEED)
     wanted = recipe.COLD_QUESTIONS * (recipe.COLD_START != "never") + recipe.ROUNDS * recipe.QUESTIONS_PER_ROUND
+    if recipe.SEED > 10**7:
+        raise UserError(f"SEED = {recipe.SEED}: the runs need seeds of their own, made of it; choose one below 10**7")
     if wanted > len(train):
         raise UserError(
             f"{recipe.DATASET!r} has {len(train)} training questions, fewer than the {wanted} that this path asks; "
@@ -159,31 +168,31 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
         )
     workers = find_workers(flags.cpu, flags.demo)
     at_once = min(len(workers), recipe.RUNS_PER_ROUND)
-    stages = Stages(output, make_plan(recipe, len(test), at_once), workers)
+    stages = Stages(output, make_plan(recipe, len(test), len(workers)), workers)
     print(f"model      {recipe.MODEL}")
     print(f"data       {recipe.DATASET}: {len(train)} training questions, of which {wanted} are asked")
     models = 1 + recipe.ROUNDS * (recipe.RUNS_PER_ROUND + (recipe.RUNS_PER_ROUND > 1))
-    checkpoints = at_once * (max(recipe.step.SAVE_LIMIT, 2) + 1)
-    print(f"disk       {check_disk(output, recipe.MODEL, models, checkpoints, recipe.step.USE_LORA)}")
+    checkpoints = at_once * (max(recipe.grpo.SAVE_LIMIT, 2) + 1)
+    print(f"disk       {check_disk(output, recipe.MODEL, models, checkpoints, recipe.grpo.USE_LORA)}")
     print(f"output     {output}")
     for number, (name, stage) in enumerate(stages.plan.items(), start=1):
         print(f"{number:7}    {name}: {stage.what}", flush=True)
 
-    how = ["--demo"] * flags.demo + ["--cpu"] * flags.cpu
-    here = ["--dataset", str(data)]
-    answers = {name: getattr(recipe.step, name) for name in ("MAX_COMPLETION_TOKENS", "BF16")}
+    cpu, how = ["--cpu"] * flags.cpu, ["--demo"] * flags.demo + ["--cpu"] * flags.cpu
+    on_data = ["--dataset", str(data)]
+    shared = {name: getattr(recipe.grpo, name) for name in ("MAX_COMPLETION_TOKENS", "BF16")}
 
     def evaluate(model: str | Path, folder: Path, *more: str) -> Command:
-        return Command("evaluate", [str(model), *here, "--output", str(folder), *more, *how[flags.demo :]], answers)
+        return Command("evaluate", [str(model), *on_data, "--output", str(folder), *more, *cpu], shared)
 
     def measure(model: str | Path, stage: str) -> Command:
-        samples = ["--split", "dev", "--samples", str(recipe.SAMPLES)]
+        samples = ["--split", "dev", "--samples", str(recipe.MEASURE_SAMPLES)]
         return evaluate(model, stages.folder(stage) / "dev", *samples)
 
     def ask(model: str | Path, stage: str, count: int, *more: str) -> Command:
-        argv = ["--model", str(model), *here, "--questions", stages.take_questions(stage, count)]
+        argv = ["--model", str(model), *on_data, "--questions", stages.take_questions(stage, count)]
         argv += ["--output", str(stages.folder(stage)), "--seed", str(recipe.SEED), *more, *how]
-        return Command("make_traces", argv, answers)
+        return Command("make_traces", argv, shared)
 
     # ---- how good is the model?
     model = recipe.MODEL
@@ -196,8 +205,9 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
         print(f"cold start: {said}", flush=True)
         stages.run("traces", [ask(model, "traces", recipe.COLD_QUESTIONS, *["--example"] * recipe.COLD_EXAMPLE)])
         traces, taught = stages.folder("traces") / "traces.jsonl", stages.folder("cold-start")
-        argv = ["--model", model, *here, "--traces", str(traces), "--output", str(taught), "--seed", str(recipe.SEED)]
-        stages.run("cold-start", [Command("train_sft", argv + how, recipe.SFT), measure(taught, "cold-start")])
+        argv = ["--model", model, *on_data, "--traces", str(traces), "--output", str(taught)]
+        argv += ["--seed", str(recipe.SEED), *how]
+        stages.run("cold-start", [Command("train_sft", argv, recipe.SFT), measure(taught, "cold-start")])
         model = taught
     elif recipe.COLD_START == "auto":
         for name in ("traces", "cold-start"):
@@ -208,6 +218,14 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     for number in range(1, recipe.ROUNDS + 1):
         learnable, grpo, mean = (f"{name}-{number}" for name in ("learnable", "grpo", "mean"))
         stages.run(learnable, [ask(model, learnable, recipe.QUESTIONS_PER_ROUND)])
+        questions = stages.folder(learnable) / "learnable" / "train.jsonl"
+        count = len(questions.read_text(encoding="utf-8").splitlines()) if questions.exists() else 0
+        if count < recipe.grpo.QUESTIONS_PER_STEP:
+            stages.undo(learnable)
+            raise UserError(
+                f"{count} of {recipe.QUESTIONS_PER_ROUND} questions are learnable, fewer than the "
+                f"{recipe.grpo.QUESTIONS_PER_STEP} of a step; raise QUESTIONS_PER_ROUND in train_r1.py"
+            )
         rounds.append([stages.folder(grpo) / f"run-{each}" for each in range(1, recipe.RUNS_PER_ROUND + 1)])
         lanes = []
         for seed, folder in enumerate(rounds[-1], start=100 * recipe.SEED + number * recipe.RUNS_PER_ROUND):
@@ -227,7 +245,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     lanes = []
     for when, asked in (("before", recipe.MODEL), ("after", model)):
         folder, some = stages.folder("test") / when, ["--questions", f":{recipe.SAMPLED_QUESTIONS}"]
-        samples = ["--samples", str(recipe.SAMPLES)]
+        samples = ["--samples", str(recipe.MEASURE_SAMPLES)]
         sampled = evaluate(asked, folder.with_name(f"{when}-sampled"), *some, *samples)
         lanes.append([evaluate(asked, folder), sampled])
     stages.run("test", *lanes)

@@ -100,6 +100,11 @@ class Stages:
     def say(self, name: str, rest: str) -> None:
         print(f"\n===== stage {[*self.plan].index(name) + 1} of {len(self.plan)}  {name}: {rest}", flush=True)
 
+    def undo(self, name: str) -> None:
+        """Let a stage run again, on more questions say."""
+        self.done.remove(name)
+        self._save()
+
     def skip(self, name: str, why: str) -> None:
         """A stage of the plan that is not needed."""
         self.skipped.append(name)
@@ -126,9 +131,6 @@ class Stages:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
             self._save()
-        for command in (command for lane in lanes for command in lane if command.is_training()):
-            for checkpoint in command.output.glob("checkpoint-*"):  # the model stays, its optimizer states go
-                shutil.rmtree(checkpoint)
         self.done.append(name)
         self._save()
 
@@ -154,16 +156,18 @@ def run_side_by_side(lanes: tuple[list[Command], ...], workers: list[dict[str, s
     workers = workers if len(lanes) > 1 else [{}]  # one alone has the whole machine
     waiting = [[command for lane in lanes[i :: len(workers)] for command in lane] for i in range(len(workers))]
     consoles = [None, *(folder / f"console-{i + 1}.txt" for i in range(1, len(workers)))]
-    running: dict[int, multiprocessing.Process] = {}
+    running: dict[int, tuple[Command, multiprocessing.Process]] = {}  # by the number of the worker
     signals: list[int] = []  # that this process has received
+    failed = None  # the exit code of the first command that has failed
 
     def start_next(worker: int) -> None:
         while waiting[worker] and waiting[worker][0].is_finished():
-            waiting[worker].pop(0)
-        if waiting[worker] and not signals:
+            drop_checkpoints(waiting[worker].pop(0))
+        if waiting[worker] and not signals and failed is None:
             command = waiting[worker].pop(0)
-            running[worker] = CONTEXT.Process(target=call, args=(command, workers[worker], consoles[worker]))
-            running[worker].start()
+            process = CONTEXT.Process(target=call, args=(command, workers[worker], consoles[worker]))
+            process.start()
+            running[worker] = command, process
 
     def receive(number: int, frame) -> None:
         signals.append(number)
@@ -171,25 +175,28 @@ def run_side_by_side(lanes: tuple[list[Command], ...], workers: list[dict[str, s
             stop_all()
 
     def stop_all() -> None:
-        for process in running.values():
+        for _, process in running.values():
             process.terminate()
 
-    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored
+        numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, receive) for number in numbers}
     folder.mkdir(parents=True, exist_ok=True)
-    failed = None
     try:
         for worker in range(len(workers)):
             start_next(worker)
         while running:
-            wait([process.sentinel for process in running.values()])
-            for worker in [worker for worker, process in running.items() if process.exitcode is not None]:
-                code = running.pop(worker).exitcode
-                if code and failed is None:
-                    failed = code
-                    stop_all()
-                elif not code:
+            wait([process.sentinel for _, process in running.values()])
+            for worker, (command, process) in [*running.items()]:
+                if process.exitcode is not None:
+                    del running[worker]
+                if process.exitcode == 0:
+                    drop_checkpoints(command)
                     start_next(worker)
+                elif process.exitcode and failed is None:
+                    failed = process.exitcode
+                    stop_all()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -202,6 +209,13 @@ def run_side_by_side(lanes: tuple[list[Command], ...], workers: list[dict[str, s
             f"this stage has failed (exit code {failed}); its last lines{shown} say why. Mend that and go on with "
             f"{own_command()}"
         )
+
+
+def drop_checkpoints(command: Command) -> None:
+    """Delete the checkpoints of a finished training. Its model stays."""
+    if command.is_training():
+        for checkpoint in command.output.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
 
 
 def own_command() -> str:
@@ -292,7 +306,8 @@ def keep_settings(output: Path, settings: dict[str, Any], fixed: tuple[str, ...]
     Raises:
         UserError: one of `fixed` has changed: the stages that are done belong to another path.
     """
-    settings, before = json.loads(json.dumps(settings)), read_json(output / "settings.json")
+    settings = json.loads(json.dumps(settings, default=lambda reward: reward.__name__))
+    before = read_json(output / "settings.json")
     for name, value in before.items():
         if settings.get(name) != value and name in fixed:
             raise UserError(

@@ -285,7 +285,7 @@ def test_development_questions(demo_base, tmp_path, monkeypatch, capsys):
     def read(sampler, tokenizer, questions, tokens, batch, title=None):
         if title:  # not the probe
             asked.append(questions["prompt"][:])
-        rows = [grade("<answer>1</answer>", 1) | {"tokens": 5, "truncated": False}]
+        rows = [grade("<answer>1</answer>", 1) | {"completion": "", "tokens": 5, "truncated": False}]
         return summarize(rows), rows
 
     monkeypatch.setattr(evaluate_script, "evaluate", read)

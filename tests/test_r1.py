@@ -25,10 +25,10 @@ TINY = {
     "COLD_START": "always",
     "COLD_QUESTIONS": 16,
     "ROUNDS": 1,
-    "QUESTIONS_PER_ROUND": 24,
+    "QUESTIONS_PER_ROUND": 48,
     "STEPS": 2,
     "DEV_QUESTIONS": 8,
-    "SAMPLES": 2,
+    "MEASURE_SAMPLES": 2,
     "SAMPLED_QUESTIONS": 4,
     "SFT": {"TEST_QUESTIONS": 2, "MAX_STEPS": 2, "SAVE_EVERY": 1, "ROWS_PER_STEP": 2, "MICRO_BATCH": 2},
     "GRPO": {"TEST_QUESTIONS": 2, "QUESTIONS_PER_STEP": 1, "MICRO_BATCH": 8, "SAVE_EVERY": 1, "EVAL_EVERY": 9},
@@ -38,6 +38,14 @@ TINY = {
 @pytest.fixture
 def forks(monkeypatch) -> None:
     """The children are forks of this process, which has imported trl: a new one would take eight seconds each."""
+    call = stages.call
+
+    def call_afresh(*args) -> None:
+        for number, handler in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+            signal.signal(number, handler)  # a fork has its parent's
+        call(*args)
+
+    monkeypatch.setattr(stages, "call", call_afresh)
     monkeypatch.setattr(stages, "CONTEXT", FORK)
 
 
@@ -60,7 +68,7 @@ def flags_of(taught: Path, output: Path) -> list[str]:
     return [str(flag) for flag in ["--demo", "--cpu", *inputs]]
 
 
-def test_path(taught, tmp_path, capsys, forks):
+def test_path(taught, tmp_path, capfd, forks):
     """Every stage is done once, in its folder; no question is used twice, and none that is held out.
 
     The report has a row for every stage. Checkpoints go and models stay. The same command does nothing again, and a
@@ -68,7 +76,7 @@ def test_path(taught, tmp_path, capsys, forks):
     """
     output = tmp_path / "r1"
     run_main(train_r1.main, *flags_of(taught, output), **TINY)
-    said = capsys.readouterr().out
+    said = capfd.readouterr().out
     names = ["measure", "traces", "cold-start", "learnable-1", "grpo-1", "mean-1", "test"]
     assert json.loads((output / "stages.json").read_text())["done"] == names
     for number, name in enumerate(names, start=1):
@@ -86,9 +94,9 @@ def test_path(taught, tmp_path, capsys, forks):
     ]
     train, dev, test = (pairs_of(rows) for rows in load_splits(str(taught / "few"), 8))
     used = [question for questions in asked for question in questions]
-    assert [len(questions) for questions in asked] == [16, 24] and len(set(used)) == 40
-    assert set(used) <= {question for question, _ in train} and used != [question for question, _ in train[:40]]
-    assert json.loads((output / "stages.json").read_text())["questions"] == {"traces": [0, 16], "learnable-1": [16, 40]}
+    assert [len(questions) for questions in asked] == [16, 48] and len(set(used)) == 64
+    assert set(used) <= {question for question, _ in train} and used != [question for question, _ in train[:64]]
+    assert json.loads((output / "stages.json").read_text())["questions"] == {"traces": [0, 16], "learnable-1": [16, 64]}
     assert json.loads((output / "01-measure/dev/eval.json").read_text())["n"] == len(dev) == 8
 
     report = (output / "report.md").read_text(encoding="utf-8").splitlines()
@@ -101,12 +109,12 @@ def test_path(taught, tmp_path, capsys, forks):
 
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")}
     run_main(train_r1.main, *flags_of(taught, output), **TINY)
-    assert "of 7  grpo-1: done" in capsys.readouterr().out
+    assert "of 7  grpo-1: done" in capfd.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")}
     with pytest.raises(UserError, match="SEED was 1 and is 2.*--output"):
         run_main(train_r1.main, *flags_of(taught, output), "--seed", 2, **TINY)
-    run_main(train_r1.main, *flags_of(taught, output), **TINY | {"SAMPLES": 1})
-    assert "note: SAMPLES was 2 and is 1" in capsys.readouterr().out
+    run_main(train_r1.main, *flags_of(taught, output), **TINY | {"MEASURE_SAMPLES": 1})
+    assert "note: MEASURE_SAMPLES was 2 and is 1" in capfd.readouterr().out
 
 
 def test_kill_9_in_each_stage(taught, tmp_path, forks):
@@ -137,7 +145,13 @@ def test_kill_9_in_each_stage(taught, tmp_path, forks):
 
 def test_no_cold_start_where_the_format_is_known(monkeypatch, taught, tmp_path, capsys):
     """COLD_START = "auto" goes by the measured figures, and says them; both of its stages are named as not needed."""
-    monkeypatch.setattr(Stages, "run", lambda self, name, *lanes: ran.append(name))
+
+    def run(self, name, *lanes):
+        ran.append(name)
+        (self.folder(name) / "learnable").mkdir(parents=True)
+        (self.folder(name) / "learnable" / "train.jsonl").write_text("a question\n")
+
+    monkeypatch.setattr(Stages, "run", run)
     monkeypatch.setattr(train_r1, "write_report", lambda *_: "")
     monkeypatch.setattr(train_r1, "draw_report", lambda *_: None)
     for strict, flexible, wanted in ((0.2, 0.3, False), (0.1, 0.3, True)):
@@ -155,6 +169,7 @@ def test_no_cold_start_where_the_format_is_known(monkeypatch, taught, tmp_path, 
     ("constants", "said"),
     [
         ({"QUESTIONS_PER_ROUND": 900}, "72 training questions, fewer than the 916"),
+        ({"SEED": 10**8}, "SEED = 100000000"),
         ({"COLD_START": "perhaps"}, "COLD_START = 'perhaps'"),
         ({"GRPO": {"LERNING_RATE": 1}}, "no constant 'LERNING_RATE'"),
         ({"GRPO": {"QUESTIONS_PER_STEP": 0}}, "QUESTIONS_PER_STEP = 0"),

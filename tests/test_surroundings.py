@@ -123,6 +123,7 @@ def test_other_processes_of_a_run_lock_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "lock", locked.append)
     for main in (False, True):
         state = SimpleNamespace(is_main_process=main, num_processes=2, main_process_first=contextlib.nullcontext)
+        state.device = torch.device("cpu")
         monkeypatch.setattr(runs, "start_processes", lambda *_, state=state: (state, None))
         with pytest.raises(UserError, match="empty"):
             train_grpo.main(arguments(train_grpo, tmp_path / "run", tmp_path))
