@@ -249,9 +249,9 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
         sampled = evaluate(asked, folder.with_name(f"{when}-sampled"), *some, *samples)
         lanes.append([evaluate(asked, folder), sampled])
     stages.run("test", *lanes)
-    print(f"\n{write_report(stages)}")
+    print(f"\n{write_report(stages, Path(model))}")
     draw_report(stages, rounds, output / "report.png")
-    print(f"model      {model}\nwritten    {output / 'report.md'}, {output / 'report.png'}")
+    print(f"written    {output / 'report.md'}, {output / 'report.png'}")
 
 
 if __name__ == "__main__":

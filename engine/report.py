@@ -15,8 +15,11 @@ def percent(figures: dict, name: str) -> str:
     return f"{figures[name]:.1%} ({low:.1%} to {high:.1%})"
 
 
-def write_report(stages: Stages) -> str:
+def write_report(stages: Stages, model: Path) -> str:
     """report.md: a row for every stage, measured on the development questions, and the test questions below.
+
+    Args:
+        model: the folder of the last model.
 
     Returns:
         What it says.
@@ -44,7 +47,7 @@ def write_report(stages: Stages) -> str:
         row += [percent(sampled, "mean"), f"k = {sampled['samples']}: {percent(sampled, 'pass')}"]
         row.append(extract_answer(read_json(folder / when / "probe.json")["answer"]) or "no answer")
         lines.append(f"| {' | '.join(row)} |")
-    text = "\n".join(lines) + "\n"
+    text = "\n".join([*lines, "", f"The model: {model}"]) + "\n"
     write_text(stages.output / "report.md", text)
     return text
 
