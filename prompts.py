@@ -23,7 +23,7 @@ OPEN_SYSTEM_PROMPT = """\
 只写给提问者的完整回答
 </answer>"""
 
-# One question answered in the format, a fact and its computation a line: the model takes to its way and its length.
+# One question answered in the format, each fact and its computation on a line. The model imitates its style and length.
 WORKED_EXAMPLE = [
     {
         "role": "user",
@@ -43,6 +43,6 @@ WORKED_EXAMPLE = [
 </answer>""",
     },
 ]
-# Turns between SYSTEM_PROMPT and every question. WORKED_EXAMPLE: for a model that ignores the format. It costs its
-# tokens in every row, counts in MAX_PROMPT_TOKENS, and belongs to the trained model as SYSTEM_PROMPT does.
+# Turns between SYSTEM_PROMPT and every question. WORKED_EXAMPLE helps a model that ignores the format. It costs its
+# tokens in every row, counts in MAX_PROMPT_TOKENS, and is carried by the trained model as SYSTEM_PROMPT is.
 EXAMPLE: list[dict] = []

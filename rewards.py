@@ -1,6 +1,6 @@
-"""Completion text -> the number it answers, and the rewards that GRPO (arXiv 2402.03300) trains on: five, and a sixth.
+"""The rewards that GRPO (arXiv 2402.03300) trains on: five, and a sixth for the language, which is unpaid by default.
 
-Rule-based, as in DeepSeek-R1 (arXiv 2501.12948, section 2.2.2): what can be checked is paid, nothing is guessed.
+They are rules, as in DeepSeek-R1 (arXiv 2501.12948, section 2.2.2): what can be checked is paid, nothing is guessed.
 Where this differs from most copies of these rewards:
   1. Reasoning may run over any number of lines. Paid only on one line, the model learns to stop reasoning.
   2. A number counts only inside the one answer block; a bare 72 without tags is worth nothing.
@@ -34,7 +34,7 @@ def _texts(completions: list[list[dict]]) -> list[str]:
     return [completion[0]["content"] for completion in completions]
 
 
-# --- The five rewards, and the sixth ---
+# --- The rewards ---
 # completions: one [{"role": "assistant", "content": str}] per completion; the result is one float for each, in order.
 # kwargs are the data set's other columns and what else the trainer passes.
 
@@ -102,7 +102,8 @@ def weights_fit(weights: list[float]) -> bool:
     return earned[-1] <= sum(earned) / 10
 
 
-# The right answer is 6 of at most 8 points, 75 %. At equal weights it is 2 of 4: a wrong answer in perfect format then
-# earns half of everything, and training settles for that. The language is watched and not paid: it is up to you to
-# give it a weight, at most a tenth of all there is to earn, for one Chinese word alone has the full share.
+# The right answer is 6 of at most 8 points, 75 %. At equal weights it would be 2 of 4: then a wrong answer in perfect
+# format earns half of everything, and training settles for that. train_r1.py pays right answers alone, by its own GRPO.
+# The language is watched and not paid. You can give it a weight, at most a tenth of all there is to earn: a single
+# Chinese word already has the full share.
 REWARD_WEIGHTS = [1.0, 1.0, 1.0, 1.0, 3.0, 0.0]
