@@ -13,6 +13,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import pytest
 import torch
+import trl.kernels.chunked_logprob
 import trl.trainer.utils
 from conftest import run_two_processes
 from datasets import Dataset
@@ -21,7 +22,7 @@ from test_rollout import EOS, make_model, make_tokenizer
 from transformers import Qwen2ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, SFTTrainer
 
-from engine.trainer import CPU_TILE, LeanGRPOTrainer, LeanSFTTrainer, lean_lm_head
+from engine.trainer import CPU_TILE, LeanGRPOTrainer, LeanSFTTrainer, exact_products, lean_lm_head
 
 GROUP, LONGEST = 4, 24
 
@@ -313,3 +314,25 @@ def test_fine_tuning_computes_small_tiles_too(monkeypatch):
     trainer = LeanSFTTrainer.__new__(LeanSFTTrainer)
     trainer.accelerator = SimpleNamespace(device=torch.device("cpu"))
     assert trainer.compute_loss() == (CPU_TILE, utils._use_triton)
+
+
+def test_the_heads_gradients_are_exact_on_units_for_bf16():
+    """Sums of products of bf16 numbers are as exact as in float32, and other numbers are left to TRL's own function.
+
+    Rounded to bf16 by themselves, as a plain product of these matrices is, they would be a thousand times further off.
+    """
+    kernels, torch_settings = trl.kernels.chunked_logprob, torch.backends.mkldnn.matmul
+    before = kernels._addmm_fp32, torch_settings.fp32_precision
+    torch.manual_seed(0)
+    a, b = torch.randn(300, 1024).bfloat16(), torch.randn(1024, 96).bfloat16()
+    exact = a.double() @ b.double()
+    with exact_products():
+        total = torch.zeros(300, 96)
+        kernels._addmm_fp32(total, a, b)
+        assert torch_settings.fp32_precision == before[1]
+        single = torch.zeros(300, 96)
+        kernels._addmm_fp32(single, a.float() / 3, b.float())
+    assert (kernels._addmm_fp32, torch_settings.fp32_precision) == before
+    assert (total - exact).abs().max() < 1e-6 * exact.abs().max()
+    assert torch.equal(single, torch.zeros(300, 96).addmm_(a.float() / 3, b.float()))
+    assert ((a @ b).double() - exact).abs().max() > 1e-3 * exact.abs().max()
