@@ -10,6 +10,7 @@ import bench_speed
 import check_gpu
 import check_rollout
 import compare_arms
+import draw_results
 import fuzz_rewards
 import pytest
 import soak_faults
@@ -283,3 +284,13 @@ def test_study_demo(tmp_path, monkeypatch, capsys):
     assert "| TRL | 0 | 25.0% -> 100.0% | none -> 300 | 0.50 s | 20 s |" in capsys.readouterr().out
     study_demo.main(["--seeds", "2", "--output", str(tmp_path)])
     assert [seed for _, seed, _ in asked[2:]] == ["1", "1"]
+
+
+def test_draw_results(tmp_path, monkeypatch):
+    """Both pictures are drawn from the figures in results.json; without a Chinese font the second one is refused."""
+    shutil.copy(draw_results.DOCS / "results.json", tmp_path)
+    monkeypatch.setattr(draw_results, "DOCS", tmp_path)
+    monkeypatch.setattr(draw_results, "find_fonts", lambda text: ["DejaVu Sans"] if text.isascii() else None)
+    assert draw_results.draw("").stat().st_size > 10_000
+    with pytest.raises(UserError, match="Chinese characters"):
+        draw_results.draw(".zh")
