@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftModel, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.console import first_line, note
@@ -47,22 +47,40 @@ def why_not(model: PreTrainedModel, args: TrainingArguments | None = None) -> st
     for name, neutral in settings.items():
         if (value := getattr(args, name, neutral[0])) not in neutral:  # SFTConfig has none of these
             return f"{name}={value}"
-    adapters = list(getattr(model, "peft_config", {}).values())
-    special = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
-    for adapter in adapters:
-        if len(adapters) > 1 or adapter.peft_type != "LORA" or any(getattr(adapter, name, None) for name in special):
-            return "the adapter is not a single plain LoRA"
-    if getattr(model, "is_quantized", False):
+    for adapter in getattr(model, "peft_config", {}).values():
+        special = ("lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
+        if adapter.peft_type != "LORA" or any(getattr(adapter, name, None) for name in special):
+            return "the adapter is not a plain LoRA"
+    for layer in _lora_layers(model):  # DoRA and the like are variants
+        if layer.lora_variant or not isinstance(layer.get_base_layer(), torch.nn.Linear):
+            return "the adapter is not a plain LoRA of linear layers"
+    base = _base(model)
+    if getattr(base, "is_quantized", False):
         return "the weights are quantized"
-    layers = set(getattr(model.config, "layer_types", None) or ["full_attention"])
-    rope = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if model.config.model_type not in TRIED:
-        return f"not tried with a {model.config.model_type} model"
+    layers = set(getattr(base.config, "layer_types", None) or ["full_attention"])
+    rope = (getattr(base.config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if base.config.model_type not in TRIED:
+        return f"not tried with a {base.config.model_type} model"
     if layers != {"full_attention"}:
         return "a sliding window limits its attention"
     if rope in ("dynamic", "longrope"):
         return f"positions of type {rope!r} depend on the length"
     return None
+
+
+def _base(model: PreTrainedModel) -> PreTrainedModel:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _lora_layers(model: PreTrainedModel) -> list[LoraLayer]:
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def _adapters(layer: LoraLayer) -> list[tuple[str, float]]:
+    """Names and scales of the adapters that a LoRA layer adds to the output of its base layer."""
+    if layer.merged or layer.disable_adapters:
+        return []
+    return [(name, layer.scaling[name]) for name in layer.active_adapters if name in layer.lora_A]
 
 
 def _cut(row: list[int], eos: list[int]) -> list[int]:
@@ -73,6 +91,25 @@ def _free_share(device: torch.device) -> float:
     """The share of a GPU's memory that is free, or that PyTorch holds unused."""
     free, total = torch.cuda.mem_get_info(device)
     return (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) / total
+
+
+class LoraLinear(torch.nn.Linear):
+    """A linear layer and its adapters, computed as in PEFT's own forward pass.
+
+    Merging an adapter into a bf16 weight would lose most of it: its values lie far below the weight's last bit.
+    """
+
+    def __init__(self, linear: torch.nn.Linear, low_rank: list[tuple[torch.Tensor, torch.Tensor, float]]):
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, linear.weight.device)
+        self.low_rank = low_rank  # of each adapter: A (rank, in features), B (out features, rank), scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in features) -> (..., out features)"""
+        output = base = super().forward(x)
+        for a, b, scale in self.low_rank:
+            low = torch.nn.functional.linear(x.to(a.dtype), a)
+            output = output + torch.nn.functional.linear(low, b) * scale
+        return output.to(base.dtype)
 
 
 class Batch:
@@ -140,7 +177,7 @@ class Sampler:
         self.batch: Batch | None = None  # what the captured steps read and write
         self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}  # greedy or not -> one captured step
         self._side: torch.cuda.Stream | None = None  # one for all captures: each has a workspace for matrix products
-        self._addresses: list[int] = []  # of the model's tensors, when the shadow was built
+        self._layout: tuple[list, list] | None = None  # where the model's tensors lay when the shadow was built
 
     def generate(
         self,
@@ -172,8 +209,9 @@ class Sampler:
     def _refresh(self) -> None:
         """Bring the shadow's copies up to date. All its other tensors are the model's own."""
         addresses = [parameter.data_ptr() for parameter in self.model.parameters()]
-        if addresses != self._addresses:  # the first call, or tensors have moved, or an adapter was merged
-            self._addresses = addresses
+        layout = addresses, list(map(_adapters, _lora_layers(self.model)))
+        if layout != self._layout:  # the first call, or tensors have moved, or other adapters are active
+            self._layout = layout
             self._build_shadow()
         for target, source in self.copies:
             target.copy_(source)
@@ -184,15 +222,19 @@ class Sampler:
         self._ends = torch.tensor(self.eos, device=self.device)
         self.batch, self.graphs = None, {}
         self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # a copy in autocast's precision, and its original
-        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        with torch.device("meta"):  # without weights; the configs are copied because building changes them
-            self.shadow = type(base)._from_config(copy.deepcopy(base.config), attn_implementation="sdpa")
-            # Not merged: an adapter's values lie far below the last bit of a bf16 weight, and most would be lost.
-            for adapter, config in getattr(base, "peft_config", {}).items():
-                inject_adapter_in_model(copy.deepcopy(config), self.shadow, adapter)
-        self.shadow.eval()
-        for name, module in self.shadow.named_modules():
+        base = _base(self.model)
+        with torch.device("meta"):  # without weights; the config is copied because building changes it
+            self.shadow = type(base)._from_config(copy.deepcopy(base.config), attn_implementation="sdpa").eval()
+        for name, module in list(self.shadow.named_modules()):
             owner, linear = base.get_submodule(name), isinstance(module, torch.nn.Linear)
+            if isinstance(owner, LoraLayer):
+                low_rank = [
+                    (self._lowered(owner.lora_A[adapter].weight), self._lowered(owner.lora_B[adapter].weight), scale)
+                    for adapter, scale in _adapters(owner)
+                ]
+                module = LoraLinear(module, low_rank)
+                self.shadow.set_submodule(name, module)
+                owner = owner.get_base_layer()
             for key, tensor in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
                 setattr(module, key, self._lowered(tensor) if linear else tensor)
 

@@ -295,6 +295,33 @@ def test_lora_is_applied(path):
     assert plain != reference(merged(model), MIXED, 30), "LoRA made no difference"
 
 
+@both_paths
+def test_lora_as_peft_has_it_at_the_moment(path):
+    """Two adapters of unlike scale and layers, both, one or none active, merged or not: as PEFT's own forward."""
+    model = make_lora_model()
+    other = LoraConfig(r=2, lora_alpha=9, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    model.add_adapter("other", other)
+    sampler, lora = make_loop(model, path), model.base_model
+    seen = []
+
+    def check():
+        seen.append(sampler.generate(MIXED, 30))
+        assert seen[-1] == reference(model, MIXED, 30)
+
+    check()
+    lora.set_adapter(["default", "other"])
+    check()
+    lora.set_adapter("other")
+    check()
+    model.get_base_model().model.layers[0].self_attn.q_proj.scaling["other"] *= 3
+    check()
+    with model.disable_adapter():
+        check()
+    lora.merge_adapter()
+    check()
+    assert seen[3] == seen[5] and len({str(made) for made in seen}) == 5
+
+
 @pytest.mark.parametrize("size", [1e-5, 1e-4, 1e-3])
 def test_small_adapters_act_as_in_training(size):
     """Under autocast an adapter changes log-probabilities as in the trainer's forward, however small its B is.
@@ -496,14 +523,13 @@ def test_why_not_models(capsys):
     sliding = make_model(use_sliding_window=True, sliding_window=8, max_window_layers=0)
     dynamic = make_model(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
     dora = get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"], use_dora=True))
-    two = make_lora_model()
-    two.add_adapter("other", LoraConfig(target_modules=["q_proj"]))
+    embedding = get_peft_model(make_model(), LoraConfig(target_modules=["embed_tokens"]))
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=1))
     for model, reason in (
         (sliding, "window"),
         (dynamic, "positions"),
         (dora, "LoRA"),
-        (two, "LoRA"),
+        (embedding, "LoRA"),
         (gpt2, "gpt2"),
     ):
         assert reason in why_not(model)
