@@ -14,6 +14,7 @@ way each training shows a few of them before and after, which decides nothing.
 
 import argparse
 import math
+import random
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,12 +25,14 @@ import train_grpo
 import train_sft
 from engine import constants as all_constants
 from engine import demo, pretraining
+from engine.accuracy import needs_cold_start
 from engine.console import UserError, run
 from engine.fingerprints import fingerprint_rows, fingerprint_weights
 from engine.folder import lock
 from engine.questions import load_splits, pairs_of
 from engine.report import draw_report, write_report
-from engine.stages import Command, Stage, Stages, check_disk, find_workers, keep_settings, read_json, write_data
+from engine.stages import Command, Stage, Stages, check_disk, find_workers, keep_settings, read_json
+from engine.traces import write_data
 
 # ------------------------------------------------------------------------------------------------------- the path
 MODEL: str = train_grpo.MODEL  # --model
@@ -106,6 +109,8 @@ def configure(argv: list[str] | None, constants: dict[str, Any]) -> tuple[argpar
     script = sys.modules[__name__]
     recipe = all_constants.make_recipe(all_constants.constants_of(script), sized, constants, by_flag)
     all_constants.check_constants(vars(recipe), script)
+    if recipe.SEED > 10**7:
+        raise UserError(f"SEED = {recipe.SEED}: the runs need seeds of their own, made of it; choose one below 10**7")
     how = ["--demo"] * flags.demo + ["--cpu"] * flags.cpu
     inputs = {"--model": recipe.MODEL, "--dataset": recipe.DATASET}
     if flags.demo:  # it makes its own, where none are given
@@ -144,9 +149,12 @@ def make_plan(recipe: SimpleNamespace, tested: int, workers: int) -> dict[str, S
 
 
 # ------------------------------------------------------------------------------------------------------ the stages
-def main(argv: list[str] | None = None, **constants: Any) -> None:
-    """Go the path. `constants` replace those above by name."""
-    flags, recipe = configure(argv, constants)
+def prepare(flags: argparse.Namespace, recipe: SimpleNamespace) -> Stages:
+    """Lock the folder, write the data set of the path into it, check what it needs, and print the plan.
+
+    Raises:
+        UserError: the path cannot be gone; the message says why.
+    """
     output, data = Path(recipe.OUTPUT_DIR), Path(recipe.OUTPUT_DIR, "data")
     lock(output)
     if flags.demo:
@@ -157,10 +165,10 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     settings |= {f"{name} of train_grpo.py": value for name, value in vars(recipe.grpo).items() if name not in settings}
     makes_the_plan = ("COLD_START", "ROUNDS", "RUNS_PER_ROUND")
     keep_settings(output, settings, fixed=("MODEL", "DATASET", "SEED", "weights", "questions", *makes_the_plan))
-    write_data(data, train, dev, test, recipe.SEED)
+    if not (data / "test.jsonl").exists():  # the last to be written
+        shuffled = random.Random(recipe.SEED).sample(train, len(train))
+        write_data(data, train=shuffled, validation=dev, test=test)
     wanted = recipe.COLD_QUESTIONS * (recipe.COLD_START != "never") + recipe.ROUNDS * recipe.QUESTIONS_PER_ROUND
-    if recipe.SEED > 10**7:
-        raise UserError(f"SEED = {recipe.SEED}: the runs need seeds of their own, made of it; choose one below 10**7")
     if wanted > len(train):
         raise UserError(
             f"{recipe.DATASET!r} has {len(train)} training questions, fewer than the {wanted} that this path asks; "
@@ -177,9 +185,15 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     print(f"output     {output}")
     for number, (name, stage) in enumerate(stages.plan.items(), start=1):
         print(f"{number:7}    {name}: {stage.what}", flush=True)
+    return stages
 
+
+def main(argv: list[str] | None = None, **constants: Any) -> None:
+    """Go the path. `constants` replace those above by name."""
+    flags, recipe = configure(argv, constants)
+    stages = prepare(flags, recipe)
     cpu, how = ["--cpu"] * flags.cpu, ["--demo"] * flags.demo + ["--cpu"] * flags.cpu
-    on_data = ["--dataset", str(data)]
+    on_data = ["--dataset", str(stages.output / "data")]
     shared = {name: getattr(recipe.grpo, name) for name in ("MAX_COMPLETION_TOKENS", "BF16")}
 
     def evaluate(model: str | Path, folder: Path, *more: str) -> Command:
@@ -201,7 +215,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     said = f"strict {figures['strict']:.1%}, flexible {figures['flexible']:.1%} of the development questions"
 
     # ---- a cold start, where it can do more than it can put into the format
-    if recipe.COLD_START == "always" or recipe.COLD_START == "auto" and figures["strict"] < figures["flexible"] / 2:
+    if recipe.COLD_START == "always" or recipe.COLD_START == "auto" and needs_cold_start(figures):
         print(f"cold start: {said}", flush=True)
         stages.run("traces", [ask(model, "traces", recipe.COLD_QUESTIONS, *["--example"] * recipe.COLD_EXAMPLE)])
         traces, taught = stages.folder("traces") / "traces.jsonl", stages.folder("cold-start")
@@ -250,8 +264,8 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
         lanes.append([evaluate(asked, folder), sampled])
     stages.run("test", *lanes)
     print(f"\n{write_report(stages, Path(model))}")
-    draw_report(stages, rounds, output / "report.png")
-    print(f"written    {output / 'report.md'}, {output / 'report.png'}")
+    draw_report(stages, rounds, stages.output / "report.png")
+    print(f"written    {stages.output / 'report.md'}, {stages.output / 'report.png'}")
 
 
 if __name__ == "__main__":

@@ -148,6 +148,11 @@ def summarize_samples(drawn: list[list[dict]]) -> dict:
     }
 
 
+def needs_cold_start(figures: dict) -> bool:
+    """Whether the model can do more than twice as much as it can put into the format: strict against flexible."""
+    return figures["strict"] < figures["flexible"] / 2
+
+
 def sign_test(won: int, lost: int) -> float:
     """How often chance alone would part two equal models as far, by the questions that only one of them has right.
 

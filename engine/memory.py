@@ -146,9 +146,9 @@ def fit_batches(
     from transformers import AutoConfig
 
     names = [name for name in ON_CPU if getattr(recipe, name) == 0]
-    begun = trained_recipe(recipe.OUTPUT_DIR) if resume else {}
     if not names:
         return
+    begun = trained_recipe(recipe.OUTPUT_DIR) if resume else {}
     if all(begun.get(name) for name in names):
         chosen = {name: begun[name] for name in names}
     elif device.type == "cpu":

@@ -24,7 +24,7 @@ from accelerate.utils import broadcast_object_list
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 
-from engine.accuracy import describe, evaluate
+from engine.accuracy import describe, evaluate, needs_cold_start
 from engine.alarms import REPEAT, History, find_alarms, not_finite
 from engine.checkpoints import failure_of, write_text
 from engine.console import UserError
@@ -338,7 +338,7 @@ class Monitor(RunMonitor):
     def measure_model(self, title: str, step: int) -> tuple[dict, str]:
         """As above. Before the training it also says so where GRPO alone would teach this model the format only."""
         figures, probe = super().measure_model(title, step)
-        if step == 0 and figures["strict"] < figures["flexible"] / 2:
+        if step == 0 and needs_cold_start(figures):
             seen = f"strict {figures['strict']:.1%} is less than half of flexible {figures['flexible']:.1%}"
             if own_template(self.trainer.processing_class.chat_template) == PLAIN_TEMPLATE:
                 print(f"note: {seen}: this base model has to find the format by itself first (R1-Zero)", flush=True)

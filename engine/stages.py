@@ -6,7 +6,6 @@ import importlib
 import json
 import multiprocessing
 import os
-import random
 import shlex
 import shutil
 import signal
@@ -20,7 +19,6 @@ from typing import Any, NamedTuple
 
 from engine.console import UserError, first_line, note, run
 from engine.folder import write_text
-from engine.questions import to_row
 
 CONTEXT = multiprocessing.get_context("spawn")  # a new Python each time: it reads its environment, and frees a GPU
 
@@ -317,21 +315,6 @@ def keep_settings(output: Path, settings: dict[str, Any], fixed: tuple[str, ...]
         if settings.get(name) != value:
             note(f"{name} was {value!r} and is {settings.get(name)!r} in the stages to come; those that are done stay")
     write_text(output / "settings.json", json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_data(folder: Path, train: list[tuple], dev: list[tuple], test: list[tuple], seed: int) -> None:
-    """The data set of the path, unless it is there: the training questions in one shuffled order, and the held-out."""
-    if (folder / "test.jsonl").exists():  # the last to be written
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    shuffled = random.Random(seed).sample(train, len(train))
-    for split, pairs in (("train", shuffled), ("validation", dev), ("test", test)):
-        write_rows(folder / f"{split}.jsonl", pairs)
-
-
-def write_rows(file: Path, pairs: list[tuple]) -> None:
-    """Questions with their labels, in the columns of a data set."""
-    write_text(file, "".join(json.dumps(to_row(*pair), ensure_ascii=False) + "\n" for pair in pairs))
 
 
 def read_json(path: Path) -> dict:

@@ -127,6 +127,13 @@ def write_lines(path: Path, rows: list[dict]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def write_data(folder: Path, **splits: list[tuple[str, int]]) -> None:
+    """Write a data set folder, the splits in the given order: questions with their labels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, pairs in splits.items():
+        write_lines(folder / f"{split}.jsonl", [to_row(text, label) for text, label in pairs])
+
+
 def append_lines(path: Path, rows: list[dict]) -> None:
     """Append JSON lines, and wait until they are on the disk. A kill may cut the last one; `read_log` drops it."""
     with open(path, "a", encoding="utf-8") as file:
@@ -194,9 +201,7 @@ def write_learnable(folder: Path, rows: list[dict], dev: list, test: list, recip
     if not train:
         (folder / "train.jsonl").unlink(missing_ok=True)  # from an earlier call with another MIN_RIGHT
         return f"none: no question {which}"
-    folder.mkdir(exist_ok=True)
-    for split, pairs in (("test", test), ("validation", dev), ("train", train)):
-        write_lines(folder / f"{split}.jsonl", [to_row(text, label) for text, label in pairs])
+    write_data(folder, test=test, validation=dev, train=train)
     return f"{folder}: {len(train)} questions {which}"
 
 

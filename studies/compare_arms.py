@@ -24,7 +24,9 @@ import train_grpo
 from engine.accuracy import sign_test
 from engine.checkpoints import read_results, write_text
 from engine.console import UserError, run
-from engine.questions import load_questions, load_splits, pairs_of, to_row
+from engine.questions import load_questions, load_splits, pairs_of
+from engine.report import percent
+from engine.traces import write_data
 
 ARMS = {  # name -> the constants of train_grpo.py in which it departs from RECIPE
     "right": {"REWARD_WEIGHTS": CORRECTNESS},  # right answers alone are paid
@@ -54,14 +56,10 @@ WATCHED = 16  # development and test questions that a run itself looks at; nothi
 def write_questions(train: str, test: str, count: int, folder: Path) -> str:
     """A data set folder: the training questions of `train`, and `count` of its development questions and of the test
     questions of `test`, always the same."""
-    folder.mkdir(parents=True, exist_ok=True)
     train_rows, dev_rows, _ = load_splits(train, train_grpo.DEV_QUESTIONS)
-    for split, rows in (("train", train_rows), ("validation", dev_rows), ("test", load_questions(test, "test"))):
-        pairs = pairs_of(rows)
-        if split != "train":
-            pairs = random.Random(0).sample(pairs, min(count, len(pairs)))
-        lines = [json.dumps(to_row(question, label), ensure_ascii=False) + "\n" for question, label in pairs]
-        write_text(folder / f"{split}.jsonl", "".join(lines))
+    held_out = (pairs_of(rows) for rows in (dev_rows, load_questions(test, "test")))
+    dev, tested = (random.Random(0).sample(pairs, min(count, len(pairs))) for pairs in held_out)
+    write_data(folder, train=pairs_of(train_rows), validation=dev, test=tested)
     return str(folder)
 
 
@@ -108,15 +106,10 @@ def compare(before: Path, after: Path) -> str:
 
 def row(name: str, measured: dict[str, dict], changed: str = "", results: dict | None = None) -> str:
     """A line of the table."""
-
-    def share(figures: dict, key: str) -> str:
-        low, high = figures[f"{key}_ci95"]
-        return f"{figures[key]:.1%} ({low:.1%} to {high:.1%})"
-
     greedy, sampled = measured["greedy"], measured["sampled"]
-    cells = [name, share(greedy, "strict"), f"{greedy['flexible']:.1%}", f"{greedy['format']:.1%}"]
+    cells = [name, percent(greedy, "strict"), f"{greedy['flexible']:.1%}", f"{greedy['format']:.1%}"]
     cells += [f"{greedy['mean_tokens']:.0f}", f"{greedy['truncated']:.1%}", changed]
-    cells += [share(sampled, key) if key in sampled else "" for key in ("mean", "pass")]
+    cells += [percent(sampled, key) if key in sampled else "" for key in ("mean", "pass")]
     minutes = f"{results['train_seconds'] / 60:.0f} min, {results['peak_memory_gb']:.1f} GB" if results else ""
     return f"| {' | '.join([*cells, minutes])} |"
 

@@ -19,6 +19,7 @@ from engine.models import load_model
 from engine.questions import load_splits, pairs_of, slice_of
 from engine.stages import Command, Stage, Stages, run_side_by_side
 from engine.templates import carried_prompt, own_template
+from engine.traces import write_data
 
 # The smallest path that has every stage
 TINY = {
@@ -57,9 +58,7 @@ def taught(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("taught")
     make_demo(folder, steps=100)
     train, _, test = load_splits(str(folder / "data"), 8)
-    (folder / "few").mkdir()
-    for split, pairs in (("train", pairs_of(train)[:80]), ("test", pairs_of(test)[:6])):
-        stages.write_rows(folder / "few" / f"{split}.jsonl", pairs)
+    write_data(folder / "few", train=pairs_of(train)[:80], test=pairs_of(test)[:6])
     return folder
 
 
