@@ -6,7 +6,8 @@ every weight again for every token. The loop here is faster for three reasons:
 1. A *shadow* of the policy runs the forward pass: the same architecture on the trainer's own tensors. Where training
    autocasts, its linear layers hold copies in the lower precision, so that it rounds as the trainer rounds, but casts
    once per generation.
-2. Each distinct prompt is read once, and its keys and values are copied to all of its completions.
+2. Each distinct prompt is read once, and its keys and values are copied to all of its completions. What all prompts
+   begin with, the system prompt say, is read once for all of them.
 3. On CUDA one decode step is captured as a graph and replayed. Elsewhere the step runs eagerly, and finished rows are
    dropped.
 
@@ -18,9 +19,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -35,6 +37,7 @@ if TYPE_CHECKING:  # chat and evaluation do not wait for the import of TRL
     from trl import GRPOTrainer
 
 CHECK_EVERY = 4  # tokens between two looks at which rows have finished; each look makes a GPU wait for microseconds
+READ_AT_ONCE = 2048  # tokens of prompts in one forward pass; more make a CPU slower, since they do not fit its caches
 WARM_UP = 2  # steps before a capture; they allocate what PyTorch allocates on first use
 TRIED = ("llama", "qwen2", "qwen3")  # the architectures that tests/test_rollout.py compares with model.generate
 
@@ -112,11 +115,21 @@ class LoraLinear(torch.nn.Linear):
         return output.to(base.dtype)
 
 
+class Reading(NamedTuple):
+    """Which rows of a batch are written while some prompts are read, and where."""
+
+    rows: torch.Tensor  # (R,)
+    source: torch.Tensor  # (R,) the prompt of each, among those that are read
+    begin: int  # the first column that is written
+    behind: int  # so many columns of the first row are read by all of these prompts before their own
+
+
 class Batch:
     """The rows of one generation and their keys and values. The model gets it as `past_key_values`.
 
-    There are B rows and S columns. A row is a prompt, padded on the left, and its completion, so all rows write the
-    same column at a time. The column's number is a tensor on the device, so a captured step can increase it.
+    There are B rows and S columns. A row is what all prompts begin with, padding, the rest of its prompt, and its
+    completion, so all rows write the same column at a time. The column's number is a tensor on the device, so a
+    captured step can increase it.
     """
 
     def __init__(self, rows: int, columns: int, device: torch.device, dtype: torch.dtype | None = None):
@@ -126,25 +139,30 @@ class Batch:
         self.tokens = torch.zeros(rows, columns, dtype=torch.long, device=device)
         self.done = torch.zeros(rows, dtype=torch.bool, device=device)
         self.live = torch.arange(rows, device=device)  # the rows that are still in keys, values and pads
-        self.pads = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.shared = torch.zeros((), dtype=torch.long, device=device)  # columns before the padding
+        self.pads = torch.zeros(rows, 1, dtype=torch.long, device=device)  # columns of padding
         self.column = torch.zeros(1, dtype=torch.long, device=device)
         self.columns = torch.arange(columns, device=device)
         self.seen = columns  # attention reads this many columns; in a captured step all, since shapes are fixed
         self.temperature = torch.zeros((), device=device)
         self.greedy = True
-        self.source: torch.Tensor | None = None  # (B,) the prompt of each row, only while prompts are read
+        self.reading: Reading | None = None  # only while prompts are read
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
         """Store what a layer computed, and return what it attends to. The model calls no other method of a cache."""
-        if self.source is not None:  # key and value are (prompts, heads, width, head size)
+        if self.reading is not None:  # key and value are (prompts, heads, width, head size)
+            rows, source, begin, behind = self.reading
             if layer == len(self.keys):
                 for new, stored in ((key, self.keys), (value, self.values)):
                     shape = (len(self.live), new.shape[1], self.tokens.shape[1], new.shape[3])
                     # zeros, because attention multiplies masked values by 0, and 0 x NaN is NaN
                     stored.append(new.new_zeros(shape, dtype=self.dtype))
-            self.keys[layer][:, :, : key.shape[2]] = key[self.source]
-            self.values[layer][:, :, : key.shape[2]] = value[self.source]
-            return key, value
+            read = []
+            for new, stored in ((key, self.keys[layer]), (value, self.values[layer])):
+                stored[rows, :, begin : begin + new.shape[2]] = new[source].to(stored.dtype)
+                before = stored[:1, :, :behind].to(new.dtype)  # what all prompts begin with
+                read.append(torch.cat([before.expand(len(new), -1, -1, -1), new], dim=2))
+            return read[0], read[1]
         keys, values = self.keys[layer], self.values[layer]
         keys.index_copy_(2, self.column, key.to(keys.dtype))
         values.index_copy_(2, self.column, value.to(values.dtype))
@@ -294,25 +312,54 @@ class Sampler:
 
     def _prefill(self, batch: Batch, prompt_ids: list[list[int]], width: int) -> None:
         """Read each distinct prompt once, and pick the first token of every row."""
-        index = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompt_ids)))}
-        batch.source = torch.tensor([index[tuple(prompt)] for prompt in prompt_ids], device=self.device)
-        padded = self.tokenizer.pad({"input_ids": list(map(list, index))}, padding_side="left", return_tensors="pt")
-        tokens = padded["input_ids"].to(self.device)  # (P, width)
-        pads = torch.tensor([[width - len(prompt)] for prompt in index], device=self.device)  # (P, 1)
-        columns = batch.columns[:width]
-        # A padding position attends to itself: its attention would be NaN if it attended to nothing.
-        mask = (columns <= columns[:, None]) & (columns >= pads)[:, None] | (columns == columns[:, None])
-        logits = self._forward(batch, tokens, (columns - pads).clamp(min=0), mask)
-        batch.pads.copy_(pads[batch.source])  # in place, here and below, because a graph holds addresses
+        prompts = sorted(dict.fromkeys(map(tuple, prompt_ids)), key=len)  # those of like length together: less padding
+        number = {prompt: i for i, prompt in enumerate(prompts)}
+        source = torch.tensor([number[tuple(prompt)] for prompt in prompt_ids])  # (B,) the prompt of each row
+        shared = len(os.path.commonprefix(prompts)) if len(prompts) > 1 else 0
+        shared = min(shared, len(prompts[0]) - 1)  # of each prompt one token is left, whose logits are needed
+        if shared:
+            self._read(batch, [prompts[0][:shared]], torch.zeros_like(source), end=shared, behind=0)
+        logits, at_once = [], max(READ_AT_ONCE // (width - shared), 1)
+        for start in range(0, len(prompts), at_once):
+            rests = [prompt[shared:] for prompt in prompts[start : start + at_once]]
+            logits.append(self._read(batch, rests, source - start, end=width, behind=shared))
+        batch.shared.fill_(shared)  # in place, here and below, because a graph holds addresses
+        batch.pads.copy_(torch.tensor([[width - len(prompt)] for prompt in prompt_ids]))
         batch.column.fill_(width)
         batch.done.zero_()
-        self._pick(batch, logits[batch.source])
-        batch.source = None
+        self._pick(batch, torch.cat(logits)[source.to(self.device)])
+
+    def _read(self, batch: Batch, prompts: list, source: torch.Tensor, end: int, behind: int) -> torch.Tensor:
+        """Read prompts, and write their keys and values into the columns before `end`.
+
+        Args:
+            source: (B,) which of `prompts` a row has; rows with another number are left alone.
+            behind: they follow so many columns, which are the same in all rows.
+
+        Returns:
+            The logits after their last tokens, (prompts, vocabulary).
+        """
+        width = max(map(len, prompts))
+        pads = torch.tensor([[width - len(prompt)] for prompt in prompts])  # (P, 1)
+        tokens = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])  # (P, width)
+        columns = torch.arange(width)
+        # A padding position attends to itself: its attention would be NaN if it attended to nothing.
+        mask = (columns <= columns[:, None]) & (columns >= pads)[:, None] | (columns == columns[:, None])
+        mask = torch.nn.functional.pad(mask, (behind, 0), value=True)  # (P, width, behind + width)
+        rows = ((source >= 0) & (source < len(prompts))).nonzero()[:, 0]
+        written = rows.to(self.device), source[rows].to(self.device)
+        batch.reading = Reading(*written, end - width, behind)
+        positions = behind + (columns - pads).clamp(min=0)
+        logits = self._forward(batch, *(tensor.to(self.device) for tensor in (tokens, positions, mask)))
+        batch.reading = None
+        return logits
 
     def step(self, batch: Batch) -> None:
         """Feed every live row its newest token and pick the next one."""
         tokens = batch.tokens[batch.live, batch.column]
-        mask = (batch.columns >= batch.pads) & (batch.columns <= batch.column)  # (live, S)
+        columns = batch.columns
+        padding = (columns >= batch.shared) & (columns < batch.shared + batch.pads)
+        mask = (columns <= batch.column) & ~padding  # (live, S)
         logits = self._forward(batch, tokens[:, None], batch.column - batch.pads, mask[:, None, : batch.seen])
         batch.column += 1
         self._pick(batch, logits)
