@@ -47,7 +47,7 @@ def pick_device(cpu: bool, bf16: bool = True) -> tuple[torch.device, torch.dtype
 
 
 def reuse_memory() -> None:
-    """Let this process keep the memory of large tensors that it has freed. It has an effect with glibc only, on Linux.
+    """Let the main thread keep the memory of large tensors that it has freed. Only glibc, on Linux, needs to be told.
 
     Otherwise malloc gives it back to the system at once, and the system clears every page of the next tensor anew.
     """

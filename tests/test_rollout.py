@@ -36,7 +36,10 @@ from engine import rollout
 from engine.rollout import CHECK_EVERY, PlainSampler, Rollout, Sampler, make_sampler, why_not
 
 VOCABULARY, PAD, EOS = 32, 0, 1
+START = [4, 9, 2, 11]  # what all prompts of ALIKE begin with
 MIXED = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16, 17], [5, 6, 7], [20, 21, 22, 23, 24], [30, 2]]
+
+ALIKE = [START + rest for rest in MIXED]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -148,15 +151,39 @@ def test_rows_that_finish_early(path):
 
 
 @both_paths
-def test_log_probabilities_equal_a_teacher_forced_forward(path):
+@pytest.mark.parametrize("at_once", [1, 18, 2048])
+def test_prompts_that_begin_alike(path, at_once, monkeypatch):
+    """What all prompts begin with is read once, and their rests by length, so many tokens at a time."""
+    shapes = []
+
+    class Counter(Sampler):
+        def _forward(self, batch, tokens, *rest):
+            if batch.reading:
+                shapes.append(tuple(tokens.shape))
+            return super()._forward(batch, tokens, *rest)
+
+    monkeypatch.setattr(rollout, "READ_AT_ONCE", at_once)
+    model = make_model().eval()
+    sampler = make_loop(model, path, kind=Counter)
+    assert sampler.generate(ALIKE, 40) == reference(model, ALIKE, 40)
+    alone, in_pairs = [(1, 1), (1, 2), (1, 3), (1, 5), (1, 9)], [(2, 2), (2, 5), (1, 9)]
+    assert shapes == [(1, len(START)), *{1: alone, 18: in_pairs, 2048: [(5, 9)]}[at_once]]
+    assert sampler.generate(MIXED, 40) == reference(model, MIXED, 40), "nothing is shared in this call"
+    nested = [START, *ALIKE]  # one prompt is the beginning of the others
+    assert sampler.generate(nested, 40) == reference(model, nested, 40)
+
+
+@both_paths
+@pytest.mark.parametrize("prompts", [MIXED, ALIKE], ids=["mixed", "alike"])
+def test_log_probabilities_equal_a_teacher_forced_forward(path, prompts):
     """The loop's log-probability of each sampled token is that of one plain forward over the whole text."""
     model = make_model().eval()
     sampler = make_loop(model, path, kind=Recorder)
-    sampler.generate(MIXED, 1, temperature=1.3)
-    sampler.generate(MIXED, 2, temperature=1.3)  # any capture is behind us
+    sampler.generate(prompts, 1, temperature=1.3)
+    sampler.generate(prompts, 2, temperature=1.3)  # any capture is behind us
     sampler.logits.clear()
-    completions = sampler.generate(MIXED, 24, temperature=1.3)
-    for row, (prompt, completion) in enumerate(zip(MIXED, completions, strict=True)):
+    completions = sampler.generate(prompts, 24, temperature=1.3)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         ours = torch.stack([step[row] for step in sampler.logits[: len(completion)]])
         with torch.no_grad():
             forced = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
