@@ -1,11 +1,11 @@
-"""The rewards that GRPO (arXiv 2402.03300) trains on: five, and a sixth for the language, which is unpaid by default.
+"""The rewards that GRPO (arXiv 2402.03300) trains on: five, and a sixth for the language. By default one is paid.
 
 They are rules, as in DeepSeek-R1 (arXiv 2501.12948, section 2.2.2): what can be checked is paid, nothing is guessed.
 Where this differs from most copies of these rewards:
   1. Reasoning may run over any number of lines. Paid only on one line, the model learns to stop reasoning.
   2. A number counts only inside the one answer block; a bare 72 without tags is worth nothing.
   3. The answer is compared by value: 72个, 72.0 and, for 1080, 1,080 are right.
-  4. The right answer outweighs all the rest (REWARD_WEIGHTS).
+  4. Only the right answer is paid; the others are watched (REWARD_WEIGHTS).
 
 Model output is untrusted: no text raises, and the work is linear in its length. A bad label does raise.
 
@@ -102,8 +102,9 @@ def weights_fit(weights: list[float]) -> bool:
     return earned[-1] <= sum(earned) / 10
 
 
-# The right answer is 6 of at most 8 points, 75 %. At equal weights it would be 2 of 4: then a wrong answer in perfect
-# format earns half of everything, and training settles for that. train_r1.py pays right answers alone, by its own GRPO.
-# The language is watched and not paid. You can give it a weight, at most a tenth of all there is to earn: a single
-# Chinese word already has the full share.
-REWARD_WEIGHTS = [1.0, 1.0, 1.0, 1.0, 3.0, 0.0]
+# Only right answers are paid, as in most codebases that have measured it. With pay for the format too (1, 1, 1, 1, 3)
+# every run on a real model stood still or fell (docs/results.md): a short guess in perfect format earns enough. The
+# other rewards are still shown in TensorBoard. A model that hardly ever keeps to the format has a cold start first
+# (train_r1.py). The language can get a weight too, at most a tenth of all there is to earn: a single Chinese word
+# already has the full share.
+REWARD_WEIGHTS = [0.0, 0.0, 0.0, 0.0, 1.0, 0.0]

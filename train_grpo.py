@@ -2,7 +2,7 @@
 
 The R1 recipe (arXiv 2501.12948, GRPO: arXiv 2402.03300) as one flat file: edit the constants, run it, watch
 `tensorboard --logdir output`. The main departures from the tutorial that it grew from (all of them: docs/recipe.md):
-  1. Reasoning may run over any number of lines, and a right answer earns three quarters of all there is to earn.
+  1. Reasoning may run over any number of lines, and right answers alone are paid.
   2. 256 completions a step instead of 64, at a fifth of the learning rate, and every token of them counts the same.
   3. Completions of 512 tokens instead of 200, drawn from the policy itself: nothing narrows the sampling.
   4. Rewards are scaled over the batch, so that a group which differs in format only is not blown up.

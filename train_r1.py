@@ -56,10 +56,9 @@ STEPS: int = 40  # of each run
 # The test questions
 SAMPLED_QUESTIONS: int = 300  # so many are also sampled, MEASURE_SAMPLES times; all are answered greedily
 
-# Constants of train_sft.py and of train_grpo.py. Right answers alone are paid: with pay for the format every arm on a
-# real model stood still or fell (docs/results.md).
+# Constants of train_sft.py and of train_grpo.py
 SFT: dict = {"TEST_QUESTIONS": 50}
-GRPO: dict = {"REWARD_WEIGHTS": [0.0, 0.0, 0.0, 0.0, 1.0, 0.0], "TEST_QUESTIONS": 50}
+GRPO: dict = {"TEST_QUESTIONS": 50}
 
 # --small: the sizes of the runs that docs/results.md tells of
 SMALL = {

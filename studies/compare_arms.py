@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from study_rewards import CORRECTNESS, EQUAL, TUTORIAL
+from study_rewards import EQUAL, TUTORIAL, WEIGHTED
 from train_with import read_constants
 
 import evaluate
@@ -29,12 +29,12 @@ from engine.report import percent
 from engine.traces import write_data
 
 ARMS = {  # name -> the constants of train_grpo.py in which it departs from RECIPE
-    "right": {"REWARD_WEIGHTS": CORRECTNESS},  # right answers alone are paid
+    "right": {},  # right answers alone are paid
     "form": {"REWARD_WEIGHTS": [0.1, 0.1, 0.1, 0.1, 1.0, 0.0]},
-    "default": {},
+    "weighted": {"REWARD_WEIGHTS": WEIGHTED},
     "tutorial": {"REWARDS": TUTORIAL, "REWARD_WEIGHTS": EQUAL},
-    "full": {"REWARD_WEIGHTS": CORRECTNESS, "USE_LORA": False, "LEARNING_RATE": 1e-6},
-    "full-fast": {"REWARD_WEIGHTS": CORRECTNESS, "USE_LORA": False, "LEARNING_RATE": 3e-6},
+    "full": {"USE_LORA": False, "LEARNING_RATE": 1e-6},
+    "full-fast": {"USE_LORA": False, "LEARNING_RATE": 3e-6},
 }
 RECIPE = {  # a step takes one core one to two minutes
     "QUESTIONS_PER_STEP": 4,
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("model", help="hub id or folder")
     parser.add_argument("dataset", help="hub id or folder")
     parser.add_argument("--train", help="data set to train on (default: the same)")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["right", "default"])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["right", "form"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[7, 8], help="of each arm")
     parser.add_argument("--steps", type=int, default=40, help="of each arm")
     parser.add_argument("--questions", type=int, default=300, help="test questions that are sampled")

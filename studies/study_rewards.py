@@ -64,12 +64,12 @@ TUTORIAL.append(language_reward)  # ours, which is watched in every run and weig
 
 # ----------------------------------------------------------------------------------------------------- the variants
 EQUAL = [1.0, 1.0, 1.0, 1.0, 1.0, 0.0]
-CORRECTNESS = [0.0, 0.0, 0.0, 0.0, 1.0, 0.0]
+WEIGHTED = [1.0, 1.0, 1.0, 1.0, 3.0, 0.0]
 VARIANTS = {  # name -> how the table calls it, and the constants of train_grpo.py that it changes
     "tutorial": ("the tutorial's rewards", {"REWARDS": TUTORIAL, "REWARD_WEIGHTS": EQUAL}),
     "batch": ('ours, SCALE_REWARDS = "batch"', {"SCALE_REWARDS": "batch"}),
     "equal": ("ours, equal weights", {"REWARD_WEIGHTS": EQUAL}),
-    "correctness": ("ours, correctness only", {"REWARD_WEIGHTS": CORRECTNESS}),
+    "weighted": ("ours, correctness 3, the others 1", {"REWARD_WEIGHTS": WEIGHTED}),
     "group": ('ours, SCALE_REWARDS = "group"', {"SCALE_REWARDS": "group"}),
     "none": ('ours, SCALE_REWARDS = "none"', {"SCALE_REWARDS": "none"}),
 }

@@ -178,7 +178,6 @@ def test_check_gpu_makes_its_own_model(monkeypatch):
 
 def test_check_gpu_trains_on_every_completion(seen, monkeypatch):
     """What is rewarded alike is skipped, and then nothing is measured: where right answers alone are paid, too."""
-    monkeypatch.setattr(train_grpo, "REWARD_WEIGHTS", [0.0, 0.0, 0.0, 0.0, 1.0, 0.0])
     monkeypatch.setattr(train_grpo, "run", lambda main: main())
     exec(check_gpu.START, {})
     [(_, recipe)] = seen
