@@ -59,7 +59,7 @@ SCALE_REWARDS: Literal["batch", "group", "none"] = "batch"
 
 # Questions without a label
 REWARD_MODEL: str = ""  # hub id or folder of a model that scores answers, to judge theirs; "": there are none
-PREFERENCE_WEIGHT: float = 6.0  # of the rank in its group, from 0 to 1: the best earns what a right answer does
+PREFERENCE_WEIGHT: float = 2.0  # of the rank in its group, from 0 to 1: the best earns what a right answer does
 
 # Completions
 MAX_PROMPT_TOKENS: int = 384  # longer training questions are dropped; the longest has 262, behind WORKED_EXAMPLE 386

@@ -13,7 +13,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -119,6 +119,22 @@ def names_read() -> set[str]:
     nodes = [n for top in tops if getattr(top, "name", "") != "check_constants" for n in ast.walk(top)]
     read = {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
     return read | {n.slice.value for n in nodes if isinstance(n, ast.Subscript) and isinstance(n.slice, ast.Constant)}
+
+
+FORM_PAID = [1.0, 1.0, 1.0, 1.0, 3.0, 0.0]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def pay_for_the_form() -> Iterator[None]:
+    """The tests' base is hardly ever right. With pay for the format too its groups have something to learn.
+
+    Scripts that run in a process of their own pay by default, unless they are told otherwise.
+    """
+    import train_grpo
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_grpo, "REWARD_WEIGHTS", FORM_PAID)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -54,6 +54,7 @@ def record(self, folder, write=trainer.LeanGRPOTrainer._write):
 def main(argv=None):
     rollout.Rollout.__call__, trainer.LeanGRPOTrainer._write = generate, record
     small = {"QUESTIONS_PER_STEP": 4, "MICRO_BATCH": 8, "SAVE_EVERY": 1, "SAVE_LIMIT": 9}
+    small["REWARD_WEIGHTS"] = [1.0, 1.0, 1.0, 1.0, 3.0, 0.0]
     train_grpo.main(argv, **small, EVAL_EVERY=100, DEV_QUESTIONS=8)
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from statistics import fmean
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, run_main, run_script
+from conftest import FORM_PAID, ROOT, run_main, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugin_util import markdown_to_safe_html
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -22,7 +22,7 @@ from engine.console import UserError
 from engine.curves import PANELS, draw_curves, read_history
 from engine.monitor import Monitor, RunMonitor, SftMonitor, preformatted, side_by_side
 from engine.templates import CHATML_TEMPLATE, PLAIN_TEMPLATE, carry_prompt
-from rewards import REWARD_WEIGHTS, REWARDS
+from rewards import REWARDS
 
 SAMPLE_KEYS = ["step", "question", "label", "completion", "extracted", "rewards", "advantage"]
 
@@ -317,7 +317,7 @@ def test_what_a_run_leaves_to_look_at(demo_output, tmp_path, capsys):
         f"format/{name}" for name in ("mark", "soft_format", "hard_format", "digit", "all")
     }
     for row in history[1:]:  # the language is watched and earns nothing
-        paid = sum(w * row[f"reward/{reward.__name__}"] for w, reward in zip(REWARD_WEIGHTS, REWARDS, strict=True))
+        paid = sum(w * row[f"reward/{reward.__name__}"] for w, reward in zip(FORM_PAID, REWARDS, strict=True))
         assert 0.5 < row["language/chinese"] <= 1 and paid == pytest.approx(row["reward/total"], rel=1e-5)
         assert row["format/all"] == pytest.approx(
             fmean(row[f"format/{name}"] for name in ("mark", "soft_format", "hard_format", "digit"))

@@ -25,7 +25,7 @@ from engine.preference import final_answer, load_preference, rank_group, score
 from engine.questions import load_questions
 from engine.templates import encode
 from prompts import ANSWER_COLUMN, OPEN_SYSTEM_PROMPT, QUESTION_COLUMN
-from rewards import REWARD_WEIGHTS, REWARDS
+from rewards import REWARDS
 
 NAMES = [reward.__name__ for reward in REWARDS] + ["preference_reward"]
 SMALL = {"QUESTIONS_PER_STEP": 4, "COMPLETIONS_PER_QUESTION": 4, "MICRO_BATCH": 8, "MAX_COMPLETION_TOKENS": 64}
@@ -185,7 +185,7 @@ def test_labelled_and_unlabelled_in_one_step(scale, train, raw_score, tmp_path):
             assert column["preference_reward"] == [None] * 4
             assert column["digit_reward"] == [0.5, 0.5, 0.0, 0.5]
             assert column["correctness_reward"] == [2.0, 0.0, 0.0, 0.0]
-        weights = [*REWARD_WEIGHTS, train_grpo.PREFERENCE_WEIGHT]
+        weights = [*train_grpo.REWARD_WEIGHTS, train_grpo.PREFERENCE_WEIGHT]
         totals.append([sum(w * (row[name] or 0.0) for w, name in zip(weights, NAMES, strict=True)) for row in rewards])
     flat = [total for group in totals for total in group]
     expected = []

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import check_gpu
 import pytest
 import torch
-from conftest import ROOT, conversation_about
+from conftest import FORM_PAID, ROOT, conversation_about
 from datasets import Dataset, load_from_disk
 from test_rollout import MIXED, FakeCuda, make_model, make_tokenizer, replayed
 from transformers import AutoTokenizer
@@ -26,7 +26,7 @@ from prompts import QUESTION_COLUMN
 # Twelve questions to train on, four a step: a pass is three steps, and the run has three passes.
 SMALL = {"QUESTIONS_PER_STEP": 4, "COMPLETIONS_PER_QUESTION": 4, "MICRO_BATCH": 4, "EPOCHS": 3.0, "WARMUP_STEPS": 1}
 SMALL |= {"MAX_COMPLETION_TOKENS": 32, "DEV_QUESTIONS": 2, "EVAL_EVERY": 100, "SAVE_EVERY": 1, "SAVE_LIMIT": 9}
-SMALL |= {"BF16": False, "LEARNING_RATE": 5e-4, "GRADIENT_CHECKPOINTING": False}
+SMALL |= {"BF16": False, "LEARNING_RATE": 5e-4, "GRADIENT_CHECKPOINTING": False, "REWARD_WEIGHTS": FORM_PAID}
 PASS, STEPS = 3, 9
 
 

@@ -30,7 +30,7 @@ import signal, sys
 import train_grpo
 from engine import checkpoints
 small = {"QUESTIONS_PER_STEP": 2, "MICRO_BATCH": 8, "SAVE_EVERY": 1, "EVAL_EVERY": 100, "DEV_QUESTIONS": 8}
-small |= {"MAX_COMPLETION_TOKENS": 32, "SAMPLE_EVERY": 1}
+small |= {"MAX_COMPLETION_TOKENS": 32, "SAMPLE_EVERY": 1, "REWARD_WEIGHTS": [1.0, 1.0, 1.0, 1.0, 3.0, 0.0]}
 if "--stop" in sys.argv:
     sys.argv.remove("--stop")
     def hang_up(self, *args, **kwargs):
