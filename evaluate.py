@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import train_grpo
-from engine.accuracy import describe, describe_samples, evaluate, evaluate_samples, sign_test
+from engine.accuracy import compare, describe, describe_samples, evaluate, evaluate_samples
 from engine.console import UserError, run
 from engine.constants import make_recipe
 from engine.folder import check_writable, write_text
@@ -80,10 +80,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     write_text(folder / "probe.json", json.dumps(probe, ensure_ascii=False) + "\n")
     write(folder, figures, rows)  # sampling takes several times as long: what is known by then is kept
     if flags.against:
-        pairs = [(row["strict"], other["strict"]) for row, other in zip(rows, others, strict=True)]
-        won, lost = pairs.count((True, False)), pairs.count((False, True))
-        chance = sign_test(won, lost)
-        print(f"against    {flags.against}: {won} won, {lost} lost (sign test: p = {chance:.2g})", flush=True)
+        print(f"against    {flags.against}: {compare(rows, others)}", flush=True)
     if flags.samples:
         torch.manual_seed(recipe.SEED)
         more, drawn = evaluate_samples(*asked, flags.samples, title="sampling")

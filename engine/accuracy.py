@@ -162,6 +162,13 @@ def sign_test(won: int, lost: int) -> float:
     return min(2 * tail, 1.0)
 
 
+def compare(rows: list[dict], others: list[dict]) -> str:
+    """How many questions only one of two models has right, in words; `others` are the other one's rows, in order."""
+    pairs = [(row["strict"], other["strict"]) for row, other in zip(rows, others, strict=True)]
+    won, lost = pairs.count((True, False)), pairs.count((False, True))
+    return f"{won} won, {lost} lost (sign test: p = {sign_test(won, lost):.2g})"
+
+
 def describe(figures: dict) -> str:
     """The figures of `summarize` in one line."""
     low, high = figures["strict_ci95"]

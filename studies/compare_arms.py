@@ -21,7 +21,7 @@ from train_with import read_constants
 
 import evaluate
 import train_grpo
-from engine.accuracy import sign_test
+from engine.accuracy import compare
 from engine.checkpoints import read_results, write_text
 from engine.console import UserError, run
 from engine.questions import load_questions, load_splits, pairs_of
@@ -92,16 +92,10 @@ def measure(model: str, data: dict[str, tuple[str, int]], folder: Path, cpu: lis
     return measured
 
 
-def compare(before: Path, after: Path) -> str:
-    """The questions that only the model after the training has right, those that only the one before it had, and how
-    often chance alone would part them as far: a two-sided sign test on the greedy answers in two folders."""
-    marks = []
-    for folder in (before, after):
-        lines = (folder / "greedy" / "eval.jsonl").read_text(encoding="utf-8").split("\n")
-        marks.append([json.loads(line)["strict"] for line in lines if line])
-    pairs = list(zip(*marks, strict=True))
-    won, lost = pairs.count((False, True)), pairs.count((True, False))
-    return f"{won}, {lost} (p = {sign_test(won, lost):.2g})"
+def answers(folder: Path) -> list[dict]:
+    """The greedy answers of a model that `measure` has measured there."""
+    lines = (folder / "greedy" / "eval.jsonl").read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]
 
 
 def row(name: str, measured: dict[str, dict], changed: str = "", results: dict | None = None) -> str:
@@ -135,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     sample = write_questions(flags.dataset, flags.dataset, flags.questions, output / "sample")
     data = {"greedy": (flags.dataset, 0), "sampled": (sample, flags.samples)}
 
-    head = ["model", "strict", "flexible", "format", "tokens", "cut off", "won, lost", "pass@1"]
+    head = ["model", "strict", "flexible", "format", "tokens", "cut off", "against before", "pass@1"]
     head += [f"pass@{flags.samples}", "training"]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     lines.append(row("before", measure(flags.model, data, output / "before", cpu)))
@@ -147,7 +141,9 @@ def main(argv: list[str] | None = None) -> None:
             where += ["--max-steps", str(flags.steps), "--seed", str(seed)]
             train_grpo.main([*where, *cpu, *["--resume"] * any(folder.glob("checkpoint-*"))], **recipe | ARMS[arm])
         after = measure(str(folder), data, measured_in, cpu)
-        lines.append(row(folder.name, after, compare(output / "before", measured_in), read_results(folder)))
+        lines.append(
+            row(folder.name, after, compare(answers(measured_in), answers(output / "before")), read_results(folder))
+        )
     table = "\n".join(lines)
     write_text(output / "table.md", table + "\n")
     print(f"\n{table}\n\nwritten: {output / 'table.md'}")

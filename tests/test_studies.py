@@ -231,7 +231,7 @@ def test_compare_arms(demo_base, small_data, tmp_path, capsys):
     compare_arms.main(command)
     table = (output / "table.md").read_text(encoding="utf-8").splitlines()
     assert len(table) == 2 + 3 and len({line.count(" | ") for line in table}) == 1
-    assert [" (p = " in line for line in table[2:]] == [False, True, True]
+    assert ["p = " in line for line in table[2:]] == [False, True, True]
     recipes = [json.loads((output / f"{arm}-7/recipe/recipe.json").read_text()) for arm in ("right", "tutorial")]
     assert [recipe["REWARD_WEIGHTS"][:2] for recipe in recipes] == [[0.0, 0.0], [1.0, 1.0]]
     assert {recipe["MAX_COMPLETION_TOKENS"] for recipe in recipes} == {24} and recipes[0]["SEED"] == 7
