@@ -336,7 +336,7 @@ class Monitor(RunMonitor):
             print(f"judged by  {recipe.REWARD_MODEL}: {unlabelled} training questions without a label", flush=True)
 
     def measure_model(self, title: str, step: int) -> tuple[dict, str]:
-        """As above. Before the training it also says so where GRPO alone would teach this model the format only."""
+        """As above. Before the training it also says so where the model needs a cold start."""
         figures, probe = super().measure_model(title, step)
         if step == 0 and needs_cold_start(figures):
             seen = f"strict {figures['strict']:.1%} is less than half of flexible {figures['flexible']:.1%}"
@@ -344,8 +344,9 @@ class Monitor(RunMonitor):
                 print(f"note: {seen}: this base model has to find the format by itself first (R1-Zero)", flush=True)
             else:
                 print(
-                    f"WARNING: {seen}: GRPO alone would teach this model the format and cost it its reasoning, as was "
-                    "seen on a real model (docs/results.md). train_r1.py begins with a cold start. Training goes on",
+                    f"WARNING: {seen}: GRPO alone finds few right answers in the format to learn from, and where the "
+                    "format is paid it costs the model its reasoning, as was seen on a real model (docs/results.md). "
+                    "train_r1.py begins with a cold start. Training goes on",
                     flush=True,
                 )
         return figures, probe
