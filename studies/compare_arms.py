@@ -21,30 +21,24 @@ from train_with import read_constants
 
 import evaluate
 import train_grpo
+import train_r1
 from engine.accuracy import compare
 from engine.checkpoints import read_results, write_text
 from engine.console import UserError, run
 from engine.questions import load_questions, load_splits, pairs_of
 from engine.report import percent
 from engine.traces import write_data
+from rewards import REWARD_WEIGHTS
 
-ARMS = {  # name -> the constants of train_grpo.py in which it departs from RECIPE
-    "right": {},  # right answers alone are paid
+ARMS = {  # name -> the constants of train_grpo.py in which it departs from SMALL
+    "right": {"REWARD_WEIGHTS": REWARD_WEIGHTS},  # right answers alone are paid
     "form": {"REWARD_WEIGHTS": [0.1, 0.1, 0.1, 0.1, 1.0, 0.0]},
     "weighted": {"REWARD_WEIGHTS": WEIGHTED},
     "tutorial": {"REWARDS": TUTORIAL, "REWARD_WEIGHTS": EQUAL},
     "full": {"USE_LORA": False, "LEARNING_RATE": 1e-6},
     "full-fast": {"USE_LORA": False, "LEARNING_RATE": 3e-6},
 }
-RECIPE = {  # a step takes one core one to two minutes
-    "QUESTIONS_PER_STEP": 4,
-    "COMPLETIONS_PER_QUESTION": 8,
-    "MICRO_BATCH": 2,  # 9 GB of memory; 8 takes 16 to 20
-    "GRADIENT_CHECKPOINTING": False,
-    "MAX_COMPLETION_TOKENS": 320,
-    "USE_LORA": True,
-    "LORA_LEARNING_RATE": 1e-4,
-    "WARMUP_STEPS": 2,
+SMALL = train_r1.SMALL["GRPO"] | {  # a step takes one core one to two minutes
     "SAVE_EVERY": 2,
     "SAVE_LIMIT": 2,
     "EVAL_EVERY": 1000,  # never on the way: each arm is measured before and after it
@@ -122,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path(evaluate.__file__).parent / "output" / "arms")
     parser.add_argument("--cpu", action="store_true")
     flags = parser.parse_args(argv)
-    cpu, output, recipe = ["--cpu"] * flags.cpu, flags.output, RECIPE | read_constants(flags.set)
+    cpu, output, recipe = ["--cpu"] * flags.cpu, flags.output, SMALL | read_constants(flags.set)
     names = ("model", "dataset", "train", "steps", "questions", "samples", "set")
     claim(output, {name: getattr(flags, name) for name in names} | {f"arm {arm}": ARMS[arm] for arm in flags.arms})
     questions = write_questions(flags.train or flags.dataset, flags.dataset, WATCHED, output / "questions")

@@ -256,10 +256,10 @@ def test_compare_arms_by_question(tmp_path):
         (tmp_path / name / "greedy").mkdir(parents=True)
         lines = [json.dumps({"completion": "\u2028", "strict": mark == "1"}, ensure_ascii=False) for mark in marks]
         (tmp_path / name / "greedy" / "eval.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    before, after = tmp_path / "before", tmp_path / "after"
-    assert compare_arms.compare(before, after) == "9, 1 (p = 0.021)"
-    assert compare_arms.compare(after, before) == "1, 9 (p = 0.021)"
-    assert "(p = 1)" in compare_arms.compare(after, after)
+    before, after = (compare_arms.answers(tmp_path / name) for name in ("before", "after"))
+    assert compare_arms.compare(after, before) == "9 won, 1 lost (sign test: p = 0.021)"
+    assert compare_arms.compare(before, after) == "1 won, 9 lost (sign test: p = 0.021)"
+    assert "p = 1)" in compare_arms.compare(after, after)
 
 
 def test_study_demo(tmp_path, monkeypatch, capsys):
