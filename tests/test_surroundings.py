@@ -33,6 +33,7 @@ small = {"QUESTIONS_PER_STEP": 2, "MICRO_BATCH": 8, "SAVE_EVERY": 1, "EVAL_EVERY
 small |= {"MAX_COMPLETION_TOKENS": 32, "SAMPLE_EVERY": 1, "REWARD_WEIGHTS": [1.0, 1.0, 1.0, 1.0, 3.0, 0.0]}
 if "--stop" in sys.argv:
     sys.argv.remove("--stop")
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
     def hang_up(self, *args, **kwargs):
         signal.raise_signal(signal.SIGHUP)
         signal.raise_signal(signal.SIGHUP)
