@@ -1,8 +1,8 @@
 """The rewards that GRPO (arXiv 2402.03300) trains on: five, and a sixth for the language. By default one is paid.
 
-They are rules, as in DeepSeek-R1 (arXiv 2501.12948, section 2.2.2): what can be checked is paid, nothing is guessed.
+They are rules, as in DeepSeek-R1 (arXiv 2501.12948, section 2.2.2): no model judges an answer.
 Where this differs from most copies of these rewards:
-  1. Reasoning may run over any number of lines. Paid only on one line, the model learns to stop reasoning.
+  1. Reasoning may run over any number of lines. Where only one line earns the format, the model stops reasoning.
   2. A number counts only inside the one answer block; a bare 72 without tags is worth nothing.
   3. The answer is compared by value: 72个, 72.0 and, for 1080, 1,080 are right.
   4. Only the right answer is paid; the others are watched (REWARD_WEIGHTS).
@@ -64,7 +64,9 @@ def digit_reward(completions: list[list[dict]], **kwargs) -> list[float | None]:
 
 
 def correctness_reward(completions: list[list[dict]], answer: list[int | None], **kwargs) -> list[float | None]:
-    """2.0 where the one number in the answer block equals the label; None without one. DeepSeek-R1's accuracy reward.
+    """2.0 where the answer block holds one number that equals the label, else 0.0; None for a question without a label.
+
+    DeepSeek-R1's accuracy reward (arXiv 2501.12948).
 
     Raises:
         ValueError: a label that is not an integral number, or not one label per completion. A wrong label would
@@ -84,7 +86,7 @@ def correctness_reward(completions: list[list[dict]], answer: list[int | None], 
 def language_reward(completions: list[list[dict]], prompts: list[list[dict]], **kwargs) -> list[float]:
     """The share of Chinese in the thinking, 0.0 to 1.0; words of the question and formulas are left out.
 
-    DeepSeek-R1's language consistency reward (arXiv 2501.12948, eq. 7), which costs a little accuracy there.
+    DeepSeek-R1's language consistency reward (arXiv 2501.12948, eq. 7). In the paper it cost a little accuracy.
     """
     pairs = zip(_texts(completions), prompts, strict=True)
     return [chinese_share(thinking_of(text), prompt[-1]["content"]) for text, prompt in pairs]
@@ -95,16 +97,23 @@ REWARD_MAXIMA = [0.5, 0.5, 0.5, 0.5, 2.0, 1.0]  # the most that each can give
 
 
 def weights_fit(weights: list[float]) -> bool:
-    """Whether they are one of 0 or more for each reward, and the language can earn at most a tenth of all."""
-    if len(weights) != len(REWARDS) or min(weights) < 0:
+    """Whether there is a weight for each reward, none is negative, and the language can earn at most a tenth of all."""
+    if not len(weights) == len(REWARDS) == len(REWARD_MAXIMA) or min(weights) < 0:
         return False
     earned = [weight * most for weight, most in zip(weights, REWARD_MAXIMA, strict=True)]
     return earned[-1] <= sum(earned) / 10
 
 
-# Only right answers are paid, as in most codebases that have measured it. With pay for the format too (1, 1, 1, 1, 3)
-# every run on a real model stood still or fell (docs/results.md): a short guess in perfect format earns enough. The
-# other rewards are still shown in TensorBoard. A model that hardly ever keeps to the format has a cold start first
-# (train_r1.py). The language can get a weight too, at most a tenth of all there is to earn: a single Chinese word
-# already has the full share.
-REWARD_WEIGHTS = [0.0, 0.0, 0.0, 0.0, 1.0, 0.0]
+# Only right answers are paid. When the format was paid too (1, 1, 1, 1, 3, 0), the greedy answers of a real model stood
+# still or became worse: a wrong answer in perfect format earned more than a long one that did not finish
+# (docs/results.md). The other rewards are still shown in TensorBoard. A model that hardly ever keeps to the format has
+# a cold start first (train_r1.py). The language can get a weight too, at most a tenth of all there is to earn: a single
+# Chinese word already has the full share. A reward of your own goes before the language, in all three lists.
+REWARD_WEIGHTS = [
+    0.0,  # mark
+    0.0,  # soft format
+    0.0,  # hard format
+    0.0,  # digit
+    1.0,  # correctness
+    0.0,  # language
+]

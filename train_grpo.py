@@ -5,7 +5,7 @@ The R1 recipe (arXiv 2501.12948, GRPO: arXiv 2402.03300) as one flat file: edit 
   1. Reasoning may run over any number of lines, and right answers alone are paid.
   2. 256 completions a step instead of 64, at a fifth of the learning rate, and every token of them counts the same.
   3. Completions of 512 tokens instead of 200, drawn from the policy itself: nothing narrows the sampling.
-  4. Rewards are scaled over the batch, so that a group which differs in format only is not blown up.
+  4. Rewards are scaled over the batch: by group, one that differs in little would count as much as any other.
   5. Accuracy on held-out questions before, during and after, and alarms where the reward rises without it.
 
     python train_grpo.py                              # one CUDA GPU, Qwen2.5-0.5B-Instruct, Chinese GSM8K
@@ -40,9 +40,9 @@ SEED: int = 42  # weights of a new adapter, order of the questions, sampling; --
 QUESTIONS_PER_STEP: int = 32  # distinct questions
 COMPLETIONS_PER_QUESTION: int = 8  # the group: its mean is the baseline of every completion in it
 MICRO_BATCH: int = 0  # completions per forward and GPU, 0: as many as fit; the step stays the same
-GRADIENT_CHECKPOINTING: bool = True  # False: a fifth less arithmetic, 1.6 MiB more per token of a micro batch
+GRADIENT_CHECKPOINTING: bool = True  # False: a fifth less arithmetic, 1.4 MiB more per token of a micro batch
 BF16: bool = True  # autocast where the device has units for it; weights are float32 in any case. False: all float32
-LEARNING_RATE: float = 1e-6  # peak; the tutorial's 5e-6 went wrong at about step 200
+LEARNING_RATE: float = 1e-6  # peak; verl's for 256 completions a step, a fifth of the tutorial's
 WARMUP_STEPS: int = 10  # then cosine to zero
 ADAM_BETAS: tuple[float, float] = (0.9, 0.99)
 WEIGHT_DECAY: float = 0.1
@@ -51,10 +51,10 @@ EPOCHS: float = 1.0  # passes over the training questions
 MAX_STEPS: int = -1  # optimizer steps, -1: all of EPOCHS; --max-steps
 
 # GRPO
-BETA: float = 0.0  # weight of the KL term to the untrained model, which then takes 2 GB and a forward of every row
+BETA: float = 0.0  # weight of the KL term; above 0 the untrained model takes 2 GB more and reads every completion
 # dapo: every token counts the same, in a long completion or a short one (arXiv 2503.14476)
 LOSS_TYPE: Literal["dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "vespo"] = "dapo"
-# whose deviation divides advantages; "group" blows up groups that differ in format only
+# whose standard deviation divides the advantages; "group" blows up groups whose rewards hardly differ
 SCALE_REWARDS: Literal["batch", "group", "none"] = "batch"
 
 # Questions without a label
@@ -63,7 +63,7 @@ PREFERENCE_WEIGHT: float = 2.0  # of the rank in its group, from 0 to 1: the bes
 
 # Completions
 MAX_PROMPT_TOKENS: int = 384  # longer training questions are dropped; the longest has 262, behind WORKED_EXAMPLE 386
-MAX_COMPLETION_TOKENS: int = 512  # at 256 more than half of this model's answers are cut off
+MAX_COMPLETION_TOKENS: int = 512  # at 256 two thirds of the English answers in a public log are cut off
 TEMPERATURE: float = 1.0  # 1 is on-policy: what is sampled is what is trained
 FAST_ROLLOUT: bool = True  # the decode loop of rollout.py; False: TRL's own generation, slower
 
@@ -101,8 +101,9 @@ def grpo_config(recipe: SimpleNamespace, on_cpu: bool, bf16: bool, accumulation:
         num_generations=recipe.COMPLETIONS_PER_QUESTION,
         max_completion_length=recipe.MAX_COMPLETION_TOKENS,
         temperature=recipe.TEMPERATURE,
-        top_p=1.0,  # neutral, and said: the model's own generation_config.json would narrow the sampling, and then
-        top_k=0,  # the policy that is trained is not the one that sampled
+        # off: generation_config.json would set them, and then another policy answers than the one that is trained
+        top_p=1.0,
+        top_k=0,
         repetition_penalty=1.0,
         beta=recipe.BETA,
         loss_type=recipe.LOSS_TYPE,

@@ -7,9 +7,10 @@ it runs it. In the end report.md holds a table with a row for every stage, and r
     python train_r1.py --small    # the sizes that were measured; with --cpu some hours on two cores
     python train_r1.py --demo     # a tiny base model on made problems: minutes on any machine
 
-The same command goes on where it was stopped. No training question is used twice. The development questions tell how
-good each stage is. All test questions are asked in the last stage only, of the first model and of the last one; on the
-way each training shows a few of them before and after, which decides nothing.
+The same command goes on where it was stopped. Each stage asks training questions that no stage before it has asked;
+the runs of a round train on its learnable ones several times. The development questions tell how good each stage is.
+The whole test split is asked in the last stage only, of the first model and of the last one. On the way each training
+asks 50 test questions, to be looked at; they decide nothing.
 """
 
 import argparse
@@ -44,7 +45,7 @@ MEASURE_SAMPLES: int = 4  # answers at temperature 1 to each question that is me
 
 # Cold start: the model answers behind WORKED_EXAMPLE, and learns to give its right answers without the example
 COLD_START: Literal["auto", "always", "never"] = "auto"  # auto: where strict is less than half of flexible
-COLD_QUESTIONS: int = 240  # new ones; 29 right answers did as much for a real model as 781
+COLD_QUESTIONS: int = 240  # new ones; with 29 right answers a real model was as good greedily as with 189, not sampled
 COLD_EXAMPLE: bool = True  # False: it answers behind the system prompt alone
 
 # Rounds of GRPO, each on questions that the model sometimes solves
@@ -56,11 +57,11 @@ STEPS: int = 40  # of each run
 # The test questions
 SAMPLED_QUESTIONS: int = 300  # so many are also sampled, MEASURE_SAMPLES times; all are answered greedily
 
-# Constants of train_sft.py and of train_grpo.py
+# What differs from the constants of train_sft.py and of train_grpo.py
 SFT: dict = {"TEST_QUESTIONS": 50}
 GRPO: dict = {"TEST_QUESTIONS": 50}
 
-# --small: the sizes of the runs that docs/results.md tells of
+# --small: nearly the sizes of the runs that docs/results.md tells of
 SMALL = {
     "OUTPUT_DIR": "output/r1-small",
     "QUESTIONS_PER_ROUND": 240,
@@ -127,7 +128,8 @@ def make_plan(recipe: SimpleNamespace, tested: int, workers: int) -> dict[str, S
     at_once = min(workers, recipe.RUNS_PER_ROUND)
     measured = recipe.DEV_QUESTIONS * (1 + recipe.MEASURE_SAMPLES)
     grpo, samples, runs = recipe.grpo, make_traces.SAMPLES, recipe.RUNS_PER_ROUND
-    learned = 3 * recipe.STEPS * grpo.QUESTIONS_PER_STEP * grpo.COMPLETIONS_PER_QUESTION  # drawn, then trained on
+    # roughly: to train on an answer takes twice as long as to draw it
+    learned = 3 * recipe.STEPS * grpo.QUESTIONS_PER_STEP * grpo.COMPLETIONS_PER_QUESTION
     each = f"x {1 + recipe.MEASURE_SAMPLES} answers"
     plan = {"measure": Stage(f"{recipe.DEV_QUESTIONS} development questions {each}", measured)}
     if recipe.COLD_START != "never":
