@@ -43,8 +43,8 @@ def find_alarms(history: History) -> dict[str, str]:
         if correct[-1] <= (1 - CORRECT_FALL) * correct[best] and form[-1] >= form[best] + FORMAT_RISE:
             found["format_without_correctness"] = (
                 f"format rises ({form[best]:.0%} to {form[-1]:.0%}) while correctness falls ({correct[best]:.0%} to "
-                f"{correct[-1]:.0%}): it learns to please, not to calculate. Stop; give correctness_reward more of "
-                "REWARD_WEIGHTS, or lower the learning rate; the checkpoint with the best held-out accuracy is kept"
+                f"{correct[-1]:.0%}): it learns to please, not to calculate. Stop; lower the REWARD_WEIGHTS of the "
+                "format, or the learning rate; the checkpoint with the best held-out accuracy is kept"
             )
 
     # A completion that never comes to its answer earns nothing, however good it is.
