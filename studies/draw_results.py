@@ -21,13 +21,13 @@ COLORS = [GRAY, RED, BLUE, BLUE, BLUE]
 WORDS = {  # of each language: the bars, the title of each panel, the unit of each, and the legend
     "": (
         ["untouched", "tutorial's\nrewards", "cold start", "+ GRPO,\n40 steps", "mean after\nthree rounds"],
-        ["Right answers to 300 test questions, in the format", "Length of an answer: the thinking"],
+        ["Right answers to 300 test questions, in the format", "Length of an answer, thinking included"],
         ["%, with 95 % interval", "tokens"],
         "ignoring the format",
     ),
     ".zh": (
         ["未训练", "教程的奖励", "冷启动", "+ GRPO\n40 步", "三轮之后\n的平均"],
-        ["300 道测试题里按格式答对的", "回答的长度：思考还在不在"],
+        ["300 道测试题里按格式答对的", "回答的长度（包括思考）"],
         ["%，竖线是 95 % 置信区间", "token"],
         "不看格式",
     ),
