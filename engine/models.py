@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,24 +35,12 @@ def pick_device(cpu: bool, bf16: bool = True) -> tuple[torch.device, torch.dtype
     import torch
 
     if cpu or not torch.cuda.is_available():
-        reuse_memory()
         units = torch.cpu.get_capabilities()
         device, fast = torch.device("cpu"), units.get("avx512_bf16", False) or units.get("amx_bf16", False)
     else:
         torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every new width, which takes half a second
         device, fast = torch.device("cuda"), torch.cuda.is_bf16_supported(including_emulation=False)
     return device, torch.bfloat16 if bf16 and fast else None
-
-
-def reuse_memory() -> None:
-    """Let the main thread keep the memory of large tensors that it has freed. Only glibc, on Linux, needs to be told.
-
-    Otherwise malloc gives it back to the system at once, and the system clears every page of the next tensor anew.
-    """
-    with suppress(OSError, AttributeError):  # no glibc
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no tensor gets memory of its own
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
 
 
 def load_model(

@@ -1,14 +1,10 @@
 """How many rows fit: by arithmetic, for the cards that people have."""
 
-import platform
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import qwen
 import torch
-from conftest import ROOT
 from transformers import Qwen2Config
 
 from engine import memory
@@ -121,19 +117,3 @@ def test_on_a_gpu(tmp_path, monkeypatch, capsys):
     fit_batches(recipe, torch.device("cuda", 0), True, TOKENS, ROWS, resume=False)
     assert (recipe.MICRO_BATCH, recipe.EVAL_BATCH) == (32, 256)
     assert "25.8 GB of GPU memory are free" in capsys.readouterr().out
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other systems' malloc keeps memory in its own way")
-def test_freed_memory_is_reused():
-    """Once a large tensor is freed, the next one costs no page faults; without `reuse_memory` it is 16,000 each."""
-    program = """
-import resource, torch
-from engine.models import reuse_memory
-reuse_memory()
-for _ in range(4):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(2**24)  # 64 MB
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-    told = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(told.stdout) < 1000  # in a process of its own: only a main thread's memory is kept
