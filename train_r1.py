@@ -4,7 +4,7 @@ It runs the other scripts one after the other, each in a numbered folder of the 
 it runs it. In the end report.md holds a table with a row for every stage, and report.png shows it.
 
     python train_r1.py            # one CUDA GPU or several, Qwen2.5-0.5B-Instruct, Chinese GSM8K
-    python train_r1.py --small    # the sizes that were measured; with --cpu some hours on two cores
+    python train_r1.py --small    # small steps, nearly those that were measured; with --cpu some hours on two cores
     python train_r1.py --demo     # a tiny base model on made problems: minutes on any machine
 
 The same command goes on where it was stopped. Each stage asks training questions that no stage before it has asked;
@@ -100,7 +100,7 @@ def configure(argv: list[str] | None, constants: dict[str, Any]) -> tuple[argpar
     parser.add_argument("--output", help=f"folder of the path (default: {OUTPUT_DIR}, or -small, -demo behind it)")
     parser.add_argument("--seed", type=int, help=f"another seed (default: {SEED})")
     sizes = parser.add_mutually_exclusive_group()
-    sizes.add_argument("--small", action="store_true", help="the sizes that were measured: fewer questions, LoRA")
+    sizes.add_argument("--small", action="store_true", help="fewer questions in small steps, LoRA")
     sizes.add_argument("--demo", action="store_true", help="a tiny base model on made problems: minutes, any machine")
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU (hours with --small)")
     flags = parser.parse_args(argv)

@@ -38,10 +38,9 @@ ARMS = {  # name -> the constants of train_grpo.py in which it departs from SMAL
     "full": {"USE_LORA": False, "LEARNING_RATE": 1e-6},
     "full-fast": {"USE_LORA": False, "LEARNING_RATE": 3e-6},
 }
-SMALL = train_r1.SMALL["GRPO"] | {  # a step takes one core one to two minutes
+SMALL = train_r1.SMALL["GRPO"] | {  # a step takes one core one to two minutes; each arm is measured before and after
     "SAVE_EVERY": 2,
     "SAVE_LIMIT": 2,
-    "EVAL_EVERY": 1000,  # never on the way: each arm is measured before and after it
     "SAMPLE_EVERY": 5,
 }
 WATCHED = 16  # development and test questions that a run itself looks at; nothing here rests on them

@@ -577,7 +577,7 @@ def test_rewards_and_weights():
     best = [score(reward, HARD[0], answer=[72]) for reward in REWARDS]
     assert best == REWARD_MAXIMA == [0.5, 0.5, 0.5, 0.5, 2.0, 1.0]
     *weighted, language = [weight * value for weight, value in zip(REWARD_WEIGHTS, best, strict=True)]
-    assert weighted[-1] >= 0.85 * sum(weighted)
+    assert weighted == [0.0, 0.0, 0.0, 0.0, 2.0]  # right answers alone are paid
     assert language == 0  # watched, and paid nothing unless you want it
 
 

@@ -178,6 +178,7 @@ def test_check_gpu_makes_its_own_model(monkeypatch):
 
 def test_check_gpu_trains_on_every_completion(seen, monkeypatch):
     """What is rewarded alike is skipped, and then nothing is measured: where right answers alone are paid, too."""
+    monkeypatch.setattr(train_grpo, "REWARD_WEIGHTS", [0.0, 0.0, 0.0, 0.0, 1.0, 0.0])
     monkeypatch.setattr(train_grpo, "run", lambda main: main())
     exec(check_gpu.START, {})
     [(_, recipe)] = seen
@@ -231,7 +232,7 @@ def test_compare_arms(demo_base, small_data, tmp_path, capsys):
     compare_arms.main(command)
     table = (output / "table.md").read_text(encoding="utf-8").splitlines()
     assert len(table) == 2 + 3 and len({line.count(" | ") for line in table}) == 1
-    assert ["p = " in line for line in table[2:]] == [False, True, True]
+    assert ["(sign test: p = " in line for line in table[2:]] == [False, True, True]
     recipes = [json.loads((output / f"{arm}-7/recipe/recipe.json").read_text()) for arm in ("right", "tutorial")]
     assert [recipe["REWARD_WEIGHTS"][:2] for recipe in recipes] == [[0.0, 0.0], [1.0, 1.0]]
     assert {recipe["MAX_COMPLETION_TOKENS"] for recipe in recipes} == {24} and recipes[0]["SEED"] == 7
