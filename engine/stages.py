@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -133,13 +134,16 @@ class Stages:
         self._save()
 
     def _left(self) -> str:
-        """The time that the rest will take at the speed of the stages so far; empty in the first one."""
-        known = sum(self.plan[name].answers for name in self.done if name in self.plan)
-        if not known:
+        """The time that the rest will take at the speed of the stages so far; empty in the first one.
+
+        That speed is their median. A stage that was stopped often has taken much longer than it needs.
+        """
+        speeds = [self.seconds[name] / self.plan[name].answers for name in self.done if name in self.plan]
+        if not speeds:
             return ""
         left = sum(stage.answers for name, stage in self.plan.items() if name not in self.done + self.skipped)
-        seconds = sum(self.seconds[name] for name in self.done) * left / known
-        return f"; all that is left takes about {timedelta(seconds=round(seconds))}"
+        seconds = round(statistics.median(speeds) * left)
+        return f"; all that is left takes about {timedelta(seconds=seconds)}"
 
 
 # ---------------------------------------------------------------------------------------------- the child processes

@@ -258,6 +258,14 @@ def test_questions_are_taken_once(tmp_path):
     assert again.take_questions("two", 7) == "5:12" and again.take_questions("three", 1) == "12:13"
 
 
+def test_time_left(tmp_path, capfd):
+    """It is told at the usual speed: one stage that was stopped often does not make the rest look long."""
+    path = Stages(tmp_path, {name: Stage("", 100) for name in ("measure", "traces", "cold-start", "learnable-1")}, [{}])
+    path.done, path.seconds = ["measure", "traces", "cold-start"], {"measure": 1e5, "traces": 100, "cold-start": 110}
+    path.run("learnable-1", [])
+    assert "all that is left takes about 0:01:50" in capfd.readouterr().out
+
+
 def test_slice_of():
     """FROM:TO as Python slices; what is no range of at least one question is refused."""
     assert [slice_of(text) for text in ("3:5", ":5", "3:", None)] == [
