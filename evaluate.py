@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import train_grpo
-from engine.accuracy import compare, describe, describe_samples, evaluate, evaluate_samples
+from engine.accuracy import (
+    compare,
+    compare_samples,
+    describe,
+    describe_samples,
+    evaluate,
+    evaluate_samples,
+    read_answers,
+)
 from engine.console import UserError, run
 from engine.constants import make_recipe
 from engine.folder import check_writable, write_text
@@ -33,7 +41,7 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
     parser.add_argument("--split", default="test", choices=("test", "dev"), help="dev: the development questions")
     parser.add_argument("--questions", metavar="FROM:TO", help="these questions only, such as :300 for the first 300")
     parser.add_argument("--samples", type=int, default=0, help="besides, so many answers a question at temperature 1")
-    parser.add_argument("--against", metavar="MODEL", help="compare the greedy answers with another model's")
+    parser.add_argument("--against", metavar="MODEL", help="compare the answers with another model's, by question")
     parser.add_argument("--output", help="folder for eval.json and eval.jsonl (default: the model's)")
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU")
     flags = parser.parse_args(argv)
@@ -86,6 +94,10 @@ def main(argv: list[str] | None = None, **constants: Any) -> None:
         more, drawn = evaluate_samples(*asked, flags.samples, title="sampling")
         rows = [row | {"samples": answers} for row, answers in zip(rows, drawn, strict=True)]
         print(f"sampled    {describe_samples(more)}")
+        if flags.against:
+            both = all("samples" in other for other in others)
+            difference = compare_samples(rows, others) if both else "it was evaluated without --samples"
+            print(f"against    {flags.against}: {difference}")
         write(folder, figures | more, rows)
     print(f"written    {folder / 'eval.json'}, {folder / 'eval.jsonl'}")
 
@@ -96,7 +108,7 @@ def folder_of(model: str) -> Path:
 
 
 def answers_of(model: str, questions: "Dataset") -> list[dict]:
-    """The greedy answers to these questions that an earlier evaluation of a model has written, in their order.
+    """The rows of these questions that an earlier evaluation of a model has written, in their order.
 
     Raises:
         UserError: it has not been evaluated, or on other questions.
@@ -104,8 +116,7 @@ def answers_of(model: str, questions: "Dataset") -> list[dict]:
     file = folder_of(model) / "eval.jsonl"
     if not file.is_file():
         raise UserError(f"--against {model!r}: there is no {str(file)!r}; run `python evaluate.py {model}` first")
-    rows = (json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line)
-    known = {(row["question"], row["label"]): row for row in rows}
+    known = {(row["question"], row["label"]): row for row in read_answers(file.parent)}
     missing = [pair for pair in pairs_of(questions) if pair not in known]
     if missing:
         raise UserError(

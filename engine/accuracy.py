@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
@@ -125,6 +127,11 @@ def summarize(rows: list[dict]) -> dict:
     }
 
 
+def pass_rate(answers: list[dict]) -> float:
+    """The share of right answers among those drawn to one question."""
+    return fmean(answer["strict"] for answer in answers)
+
+
 def summarize_samples(drawn: list[list[dict]]) -> dict:
     """The figures `{samples, mean, pass, mean_ci95, pass_ci95}` of the strict answers to each question.
 
@@ -132,7 +139,7 @@ def summarize_samples(drawn: list[list[dict]]) -> dict:
     question are alike. pass is pass@k, the share of questions with at least one right answer among their k.
     """
     n = len(drawn)
-    shares = [fmean(answer["strict"] for answer in answers) for answers in drawn]
+    shares = [pass_rate(answers) for answers in drawn]
     mean, passed = fmean(shares), sum(share > 0 for share in shares) / n
     if 0 < mean < 1:
         spread = Z * stdev(shares) / math.sqrt(n) if n > 1 else 1.0
@@ -167,6 +174,24 @@ def compare(rows: list[dict], others: list[dict]) -> str:
     pairs = [(row["strict"], other["strict"]) for row, other in zip(rows, others, strict=True)]
     won, lost = pairs.count((True, False)), pairs.count((False, True))
     return f"{won} won, {lost} lost (sign test: p = {sign_test(won, lost):.2g})"
+
+
+def compare_samples(rows: list[dict], others: list[dict]) -> str:
+    """How much pass@1 differs between two models, in words; the interval is over questions, as in summarize_samples.
+
+    `others` are the other one's rows, in order. The rows of both hold the sampled answers.
+    """
+    pairs = zip(rows, others, strict=True)
+    differences = [100 * (pass_rate(row["samples"]) - pass_rate(other["samples"])) for row, other in pairs]
+    mean = fmean(differences)
+    spread = Z * stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 100.0
+    return f"pass@1 {mean:+.1f} points ({mean - spread:+.1f} to {mean + spread:+.1f})"
+
+
+def read_answers(folder: Path) -> list[dict]:
+    """The rows of eval.jsonl that an evaluation has written into a folder."""
+    lines = (folder / "eval.jsonl").read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]
 
 
 def describe(figures: dict) -> str:

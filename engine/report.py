@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from engine.accuracy import compare, compare_samples, read_answers
 from engine.folder import write_text
 from engine.numbers import extract_answer
 from engine.stages import Stages, read_json
@@ -34,12 +35,12 @@ def write_report(stages: Stages, model: Path) -> str:
             cells = [percent(figures, "strict"), *shares, f"{figures['mean_tokens']:.0f}"]
         row = [name, stage.what, *cells, f"{minutes / 60:.1f}" if minutes else "not needed"]
         lines.append(f"| {' | '.join(row)} |")
-    greedy, probe = (read_json(stages.folder("test") / "before" / f"{name}.json") for name in ("eval", "probe"))
+    folder = stages.folder("test")
+    greedy, probe = (read_json(folder / "before" / f"{name}.json") for name in ("eval", "probe"))
     head = ["model", "strict (95 %)", "flexible", "format", "tokens", "cut off", "pass@1 (95 %)", "pass@k (95 %)"]
     head.append(probe["question"])
     lines += ["", f"{greedy['n']} test questions:", "", f"| {' | '.join(head)} |", "| --- |" + " ---: |" * 8]
     for when in ("before", "after"):
-        folder = stages.folder("test")
         greedy = read_json(folder / when / "eval.json")
         sampled = read_json(folder / f"{when}-sampled" / "eval.json")
         row = [when, percent(greedy, "strict"), f"{greedy['flexible']:.1%}", f"{greedy['format']:.1%}"]
@@ -47,6 +48,9 @@ def write_report(stages: Stages, model: Path) -> str:
         row += [percent(sampled, "mean"), f"k = {sampled['samples']}: {percent(sampled, 'pass')}"]
         row.append(extract_answer(read_json(folder / when / "probe.json")["answer"]) or "no answer")
         lines.append(f"| {' | '.join(row)} |")
+    greedy = [read_answers(folder / when) for when in ("after", "before")]
+    sampled = [read_answers(folder / f"{when}-sampled") for when in ("after", "before")]
+    lines += ["", f"After against before: {compare(*greedy)}, {compare_samples(*sampled)}"]
     text = "\n".join([*lines, "", f"The model: {model}"]) + "\n"
     write_text(stages.output / "report.md", text)
     return text

@@ -6,7 +6,8 @@
 MODEL and DATA are what `train_grpo.py --model --dataset` takes; --train names another data set to train on, such as
 the `learnable` that make_traces.py writes. An arm is a line of ARMS. Its model answers all of DATA's test questions
 greedily, and a sample of them with --samples answers at temperature 1. A few points of 300 questions are chance: read
-the sign test. Stopped at any time, the same command goes on.
+the sign test and the interval. Below the table each arm stands against the first one, over all seeds. Stopped at any
+time, the same command goes on.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from train_with import read_constants
 import evaluate
 import train_grpo
 import train_r1
-from engine.accuracy import compare
+from engine.accuracy import compare, compare_samples, read_answers
 from engine.checkpoints import read_results, write_text
 from engine.console import UserError, run
 from engine.questions import load_questions, load_splits, pairs_of
@@ -85,10 +86,10 @@ def measure(model: str, data: dict[str, tuple[str, int]], folder: Path, cpu: lis
     return measured
 
 
-def answers(folder: Path) -> list[dict]:
-    """The greedy answers of a model that `measure` has measured there."""
-    lines = (folder / "greedy" / "eval.jsonl").read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line]
+def pooled(folders: list[Path]) -> list[dict]:
+    """For each question the sampled answers of all models that `measure` has measured in these folders."""
+    rows = zip(*(read_answers(folder / "sampled") for folder in folders), strict=True)
+    return [{"samples": [answer for row in of_one for answer in row["samples"]]} for of_one in rows]
 
 
 def row(name: str, measured: dict[str, dict], changed: str = "", results: dict | None = None) -> str:
@@ -126,17 +127,21 @@ def main(argv: list[str] | None = None) -> None:
     head += [f"pass@{flags.samples}", "training"]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     lines.append(row("before", measure(flags.model, data, output / "before", cpu)))
+    measured_in = {arm: [output / f"after-{arm}-{seed}" for seed in flags.seeds] for arm in flags.arms}
     for arm, seed in ((arm, seed) for arm in flags.arms for seed in flags.seeds):
-        folder, measured_in = output / f"{arm}-{seed}", output / f"after-{arm}-{seed}"
+        folder, after = output / f"{arm}-{seed}", output / f"after-{arm}-{seed}"
         if not read_results(folder).get("finished"):
             print(f"\n===== {folder.name}", flush=True)
             where = ["--model", flags.model, "--dataset", questions, "--output", str(folder)]
             where += ["--max-steps", str(flags.steps), "--seed", str(seed)]
             train_grpo.main([*where, *cpu, *["--resume"] * any(folder.glob("checkpoint-*"))], **recipe | ARMS[arm])
-        after = measure(str(folder), data, measured_in, cpu)
-        lines.append(
-            row(folder.name, after, compare(answers(measured_in), answers(output / "before")), read_results(folder))
-        )
+        figures = measure(str(folder), data, after, cpu)
+        changed = compare(*(read_answers(each / "greedy") for each in (after, output / "before")))
+        lines.append(row(folder.name, figures, changed, read_results(folder)))
+    lines.append("")
+    for arm in flags.arms[1:] * (flags.samples > 0):
+        difference = compare_samples(*(pooled(measured_in[each]) for each in (arm, flags.arms[0])))
+        lines.append(f"{arm} against {flags.arms[0]}, over {len(flags.seeds)} seeds: {difference}")
     table = "\n".join(lines)
     write_text(output / "table.md", table + "\n")
     print(f"\n{table}\n\nwritten: {output / 'table.md'}")

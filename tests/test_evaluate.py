@@ -20,7 +20,17 @@ import chat
 import evaluate as evaluate_script
 import train_grpo
 from engine import accuracy, console
-from engine.accuracy import evaluate, evaluate_samples, grade, interval, summarize, summarize_samples
+from engine.accuracy import (
+    compare,
+    compare_samples,
+    evaluate,
+    evaluate_samples,
+    grade,
+    interval,
+    read_answers,
+    summarize,
+    summarize_samples,
+)
 from engine.console import UserError
 from engine.memory import ON_CPU
 from engine.questions import load_splits, to_prompt
@@ -107,6 +117,57 @@ def test_samples_count():
     low, high = figures["mean_ci95"]
     assert low == 0.0 and high == pytest.approx(0.375 + 1.96 * 0.4787 / 2, abs=1e-3)
     assert summarize_samples([[wrong, wrong]] * 9)["mean_ci95"] == interval(0.0, 9)  # none right is not certainly none
+
+
+def test_compare():
+    """Nine questions won and one lost, whatever else both have right or wrong: 2 * (1 + 10) / 2**10."""
+    before, after = ([{"strict": mark == "1"} for mark in marks] for marks in ("1000000000110", "0111111111110"))
+    assert compare(after, before) == "9 won, 1 lost (sign test: p = 0.021)"
+    assert compare(before, after) == "1 won, 9 lost (sign test: p = 0.021)"
+    assert "p = 1)" in compare(after, after)
+
+
+def test_compare_samples():
+    """The difference of pass@1, by question: what both find easy or hard does not widen its interval."""
+    right, wrong = {"strict": True}, {"strict": False}
+
+    def rows(*marks: str) -> list[dict]:
+        return [{"samples": [right if mark == "1" else wrong for mark in each]} for each in marks]
+
+    before, after = rows("00", "01", "11", "11"), rows("01", "01", "11", "01")
+    assert compare_samples(after, before).startswith("pass@1 +0.0 points (-40.0 to +40.0)")
+    # differences of 50, 0, 50 and 0 points: mean 25, standard deviation 28.9 of one, 14.4 of their mean
+    after = rows("01", "01", "1111", "11")
+    assert compare_samples(after, rows("00", "01", "01", "11")) == "pass@1 +25.0 points (-3.3 to +53.3)"
+
+
+def test_read_answers(tmp_path):
+    """A line separator of Unicode within an answer is no end of a line."""
+    rows = [{"completion": "a\u2028b", "strict": True}, {"completion": "", "strict": False}]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    (tmp_path / "eval.jsonl").write_text("".join(lines), encoding="utf-8")
+    assert read_answers(tmp_path) == rows
+
+
+def test_against(demo_base, tmp_path, capsys):
+    """Another model's answers to the same questions: greedily, and sampled where both have samples."""
+    model = tmp_path / "model"
+    shutil.copytree(demo_base / "model", model)
+
+    def run(*flags: object) -> list[str]:
+        run_main(evaluate_script.main, model, "--dataset", demo_base / "data", "--questions", ":4", "--cpu", *flags)
+        return re.findall("^against .*", capsys.readouterr().out, re.MULTILINE)
+
+    other = ["--output", tmp_path / "again", "--against", model]
+    with pytest.raises(UserError, match="run `python evaluate.py"):
+        run(*other)
+    run()
+    same = f"against    {model}: 0 won, 0 lost (sign test: p = 1)"
+    assert run(*other, "--samples", 2) == [same, f"against    {model}: it was evaluated without --samples"]
+    run("--samples", 2)
+    assert run(*other, "--samples", 2) == [same, f"against    {model}: pass@1 +0.0 points (+0.0 to +0.0)"]
+    with pytest.raises(UserError, match="lacks 1 of the 5 questions"):
+        run(*other, "--questions", ":5")
 
 
 def test_samples_are_drawn_for_each_question():

@@ -103,7 +103,8 @@ def test_path(taught, tmp_path, capfd, forks):
     filled = [line.split(" | ")[2] != "" for line in report[4:11]]
     assert filled == [True, False, True, False, False, True, False]
     tested = json.loads((output / "07-test/after/eval.json").read_text())
-    assert tested["n"] == len(test) == 6 and f"| after | {tested['strict']:.1%} (" in report[-3]
+    assert tested["n"] == len(test) == 6 and f"| after | {tested['strict']:.1%} (" in report[-5]
+    assert report[-3].startswith("After against before: ") and " points (" in report[-3]
     assert report[-1] == f"The model: {output / '06-mean-1' / 'model'}"
     assert (output / "report.png").stat().st_size > 10_000
 

@@ -231,8 +231,9 @@ def test_compare_arms(demo_base, small_data, tmp_path, capsys):
     command += ["--questions", "4", "--samples", "1", "--set", "MAX_COMPLETION_TOKENS=24", "QUESTIONS_PER_STEP=1"]
     compare_arms.main(command)
     table = (output / "table.md").read_text(encoding="utf-8").splitlines()
-    assert len(table) == 2 + 3 and len({line.count(" | ") for line in table}) == 1
-    assert ["(sign test: p = " in line for line in table[2:]] == [False, True, True]
+    assert len(table) == 2 + 3 + 2 and len({line.count(" | ") for line in table[:5]}) == 1
+    assert ["(sign test: p = " in line for line in table[2:5]] == [False, True, True]
+    assert table[5] == "" and table[6].startswith("tutorial against right, over 1 seeds: pass@1 ")
     recipes = [json.loads((output / f"{arm}-7/recipe/recipe.json").read_text()) for arm in ("right", "tutorial")]
     assert [recipe["REWARD_WEIGHTS"][:2] for recipe in recipes] == [[0.0, 0.0], [1.0, 1.0]]
     assert {recipe["MAX_COMPLETION_TOKENS"] for recipe in recipes} == {24} and recipes[0]["SEED"] == 7
@@ -251,16 +252,14 @@ def test_compare_arms(demo_base, small_data, tmp_path, capsys):
         compare_arms.main([*command, "--steps", "2"])
 
 
-def test_compare_arms_by_question(tmp_path):
-    """Nine questions won and one lost, whatever else both have right or wrong: 2 * (1 + 10) / 2**10."""
-    for name, marks in (("before", "1" + "0" * 9 + "110"), ("after", "0" + "1" * 9 + "110")):
-        (tmp_path / name / "greedy").mkdir(parents=True)
-        lines = [json.dumps({"completion": "\u2028", "strict": mark == "1"}, ensure_ascii=False) for mark in marks]
-        (tmp_path / name / "greedy" / "eval.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    before, after = (compare_arms.answers(tmp_path / name) for name in ("before", "after"))
-    assert compare_arms.compare(after, before) == "9 won, 1 lost (sign test: p = 0.021)"
-    assert compare_arms.compare(before, after) == "1 won, 9 lost (sign test: p = 0.021)"
-    assert "p = 1)" in compare_arms.compare(after, after)
+def test_compare_arms_over_seeds(tmp_path):
+    """A question's samples under all seeds of an arm count together."""
+    for name, marks in (("after-right-7", "10"), ("after-right-8", "11")):
+        (tmp_path / name / "sampled").mkdir(parents=True)
+        lines = [json.dumps({"samples": [{"strict": mark == "1"}]}) + "\n" for mark in marks]
+        (tmp_path / name / "sampled" / "eval.jsonl").write_text("".join(lines), encoding="utf-8")
+    rows = compare_arms.pooled([tmp_path / "after-right-7", tmp_path / "after-right-8"])
+    assert [[answer["strict"] for answer in row["samples"]] for row in rows] == [[True, True], [False, True]]
 
 
 def test_study_demo(tmp_path, monkeypatch, capsys):
