@@ -213,6 +213,16 @@ def test_sampling_draws_from_softmax(path):
     assert sampler.generate([[5, 6, 7]] * n, 2, temperature) != completions
 
 
+def test_drawn_in_parts(monkeypatch):
+    """How many rows a CPU draws at a time changes no token."""
+    sampler, completions = make_loop(make_model().eval()), []
+    for at_once in (rollout.DRAW_AT_ONCE, 3 * VOCABULARY, 1):
+        monkeypatch.setattr(rollout, "DRAW_AT_ONCE", at_once)
+        torch.manual_seed(1)
+        completions.append(sampler.generate(MIXED * 3, 8, temperature=1.5))
+    assert completions[0] == completions[1] == completions[2]
+
+
 @both_paths
 def test_ends(path):
     """A sampled row holds its end token once, at its end, or has full length; one-token answers work both ways."""
