@@ -69,7 +69,7 @@ SMALL = {
     "GRPO": GRPO
     | {
         "QUESTIONS_PER_STEP": 4,
-        "MICRO_BATCH": 2,  # 9 GB of memory on a CPU, each of two runs side by side
+        "MICRO_BATCH": 2,  # 11 GB of memory on a CPU, each of two runs side by side
         "GRADIENT_CHECKPOINTING": False,
         "MAX_COMPLETION_TOKENS": 320,
         "USE_LORA": True,
