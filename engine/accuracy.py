@@ -132,6 +132,11 @@ def pass_rate(answers: list[dict]) -> float:
     return fmean(answer["strict"] for answer in answers)
 
 
+def spread_of_mean(shares: list[float]) -> float:
+    """Half the 95 % interval of the mean of the questions' shares; 1.0 where there is one question."""
+    return Z * stdev(shares) / math.sqrt(len(shares)) if len(shares) > 1 else 1.0
+
+
 def summarize_samples(drawn: list[list[dict]]) -> dict:
     """The figures `{samples, mean, pass, mean_ci95, pass_ci95}` of the strict answers to each question.
 
@@ -142,7 +147,7 @@ def summarize_samples(drawn: list[list[dict]]) -> dict:
     shares = [pass_rate(answers) for answers in drawn]
     mean, passed = fmean(shares), sum(share > 0 for share in shares) / n
     if 0 < mean < 1:
-        spread = Z * stdev(shares) / math.sqrt(n) if n > 1 else 1.0
+        spread = spread_of_mean(shares)
         mean_interval = [max(mean - spread, 0.0), min(mean + spread, 1.0)]
     else:  # that all shares are the same does not make the mean certain
         mean_interval = interval(mean, n)
@@ -182,9 +187,8 @@ def compare_samples(rows: list[dict], others: list[dict]) -> str:
     `others` are the other one's rows, in order. The rows of both hold the sampled answers.
     """
     pairs = zip(rows, others, strict=True)
-    differences = [100 * (pass_rate(row["samples"]) - pass_rate(other["samples"])) for row, other in pairs]
-    mean = fmean(differences)
-    spread = Z * stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 100.0
+    differences = [pass_rate(row["samples"]) - pass_rate(other["samples"]) for row, other in pairs]
+    mean, spread = 100 * fmean(differences), 100 * spread_of_mean(differences)
     return f"pass@1 {mean:+.1f} points ({mean - spread:+.1f} to {mean + spread:+.1f})"
 
 
